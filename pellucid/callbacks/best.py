@@ -1,0 +1,49 @@
+"""Keep the best weights of a fit, and end with them."""
+
+import torch
+from torch import Tensor
+
+from ..events import Callback
+from ..learner import Learner
+
+
+class Best(Callback):
+    """Copy the model's state in memory when it is the best so far, and end the fit with the best.
+
+    That holds however the fit ends.
+
+    Args:
+        monitor: a column of `record.epochs`; lower is better where its name has "loss" or "error"
+            in it, else higher.
+
+    Attributes:
+        row: the row of `record.epochs` that the copy was made at; None before the first.
+    """
+
+    changes = True
+
+    def __init__(self, monitor: str = "valid/loss"):
+        self.monitor = monitor
+        self.row: int | None = None
+        self._state: dict[str, Tensor] = {}
+
+    def before_fit(self, learn: Learner) -> None:
+        """Forget the copy of an earlier fit."""
+        self.row, self._state = None, {}
+        self._since = len(learn.record.epochs)
+
+    def after_epoch(self, learn: Learner) -> None:
+        """Copy the model's state if it is the best."""
+        epochs = learn.record.epochs
+        best = epochs.best_row(self.monitor, self._since)
+        if best == len(epochs) - 1:
+            self.row = best
+            state = learn.model.state_dict()
+            self._state = {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    @torch.no_grad()
+    def after_fit(self, learn: Learner) -> None:
+        """Put the best state into the model."""
+        if self._state:
+            learn.model.load_state_dict(self._state)
+            self._state = {}

@@ -1,0 +1,33 @@
+"""Stop when a number no longer gets better."""
+
+from ..events import Callback, CancelFit
+from ..learner import Learner
+
+
+class EarlyStopping(Callback):
+    """Stop the fit once `monitor` has not improved for `patience` epochs.
+
+    Args:
+        monitor: a column of `record.epochs`; lower is better where its name has "loss" or "error"
+            in it, else higher.
+        patience: epochs without improvement that are allowed, 1 or more.
+        min_delta: how much better counts as better, 0 or more.
+    """
+
+    order = 50  # after those that watch the epoch's end
+    changes = True
+
+    def __init__(self, monitor: str = "valid/loss", patience: int = 3, min_delta: float = 0.0):
+        self.monitor, self.patience, self.min_delta = monitor, patience, min_delta
+
+    def before_fit(self, learn: Learner) -> None:
+        """Count from this fit's first epoch."""
+        self._since = len(learn.record.epochs)
+
+    def after_epoch(self, learn: Learner) -> None:
+        """Raise CancelFit when patience is at its end."""
+        epochs = learn.record.epochs
+        best = epochs.best_row(self.monitor, self._since, self.min_delta)
+        last_good = self._since - 1 if best is None else best
+        if len(epochs) - 1 - last_good >= self.patience:
+            raise CancelFit

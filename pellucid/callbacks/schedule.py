@@ -1,0 +1,155 @@
+"""Schedules at work: hyper-parameters that follow the fraction of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from torch.optim import Optimizer
+
+from .. import schedules
+from ..data import length
+from ..errors import SetupError
+from ..events import Callback
+from ..learner import Learner
+from ..optim import build_optimizer, has_momentum, hyper, hyper_names, set_hyper
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Schedule(Callback):
+    """Set a hyper-parameter of the optimiser before every training batch.
+
+    The schedule sees `learn.progress`, the fraction of the run, so that neither the number of
+    batches nor of epochs can bend it. When the fit ends, the value from before comes back.
+
+    Args:
+        name: "lr", "momentum" (for Adam the first beta), "weight_decay" or any other.
+        schedule: a function from [0, 1] to a value, or one for each parameter group.
+    """
+
+    changes = True
+
+    def __init__(self, name: str, schedule: schedules.Schedule | Sequence[schedules.Schedule]):
+        self.name, self.schedule = name, schedule
+
+    @contextmanager
+    def around_fit(self, learn: Learner) -> Generator[None]:
+        """Check that the schedule can run, and put the hyper-parameter back at the end."""
+        groups = learn.opt.param_groups
+        self._by_group(len(groups))
+        before = [hyper(group, self.name) for group in groups]
+        learn.recorded = list(dict.fromkeys([*learn.recorded, self.name]))
+        try:
+            yield
+        finally:
+            for group, value in zip(groups, before, strict=True):
+                set_hyper(group, self.name, value)
+
+    def before_batch(self, learn: Learner) -> None:
+        """Set the value for this batch."""
+        if not learn.training:
+            return
+        if learn.n_batches is None:
+            raise SetupError(
+                f"A schedule of {self.name} must know how many batches there are.",
+                saw=f"the training loader, {type(learn.data.train).__name__}, has no length",
+                do="give it a __len__.",
+            )
+        groups = learn.opt.param_groups
+        for group, schedule in zip(groups, self._by_group(len(groups)), strict=True):
+            set_hyper(group, self.name, schedule(learn.progress))
+
+    def curves(self, opt: Optimizer) -> dict[str, schedules.Schedule]:
+        """Return what will be set, by the name it has on record."""
+        by_group = self._by_group(len(opt.param_groups))
+        return dict(zip(hyper_names(opt, [self.name]), by_group, strict=True))
+
+    def _by_group(self, n_groups: int) -> Sequence[schedules.Schedule]:
+        if not isinstance(self.schedule, Sequence):
+            return [self.schedule] * n_groups
+        if len(self.schedule) != n_groups:
+            raise SetupError(
+                f"The schedules of {self.name} must be one, or one for each parameter group.",
+                saw=f"{len(self.schedule)} schedules, {n_groups} groups",
+            )
+        return list(self.schedule)
+
+
+class OneCycle(Callback):
+    """Raise the learning rate and let it fall again, momentum the other way round.
+
+    Smith and Topin, "Super-convergence", 2018, in the cosine form: lr / 25 to lr to lr / 1e5; and
+    momentum (for Adam the first beta), if the optimiser has one, from high to low to high.
+
+    Args:
+        lr: the highest learning rate, or one for each parameter group.
+        warmup: share of the run that rises, in (0, 1).
+        momentum: its highest and its lowest value.
+    """
+
+    changes = True
+
+    def __init__(
+        self,
+        lr: float | Sequence[float],
+        warmup: float = 0.25,
+        momentum: tuple[float, float] = (0.95, 0.85),
+    ):
+        self.lr, self.warmup, self.momentum = lr, warmup, momentum
+
+    @contextmanager
+    def around_fit(self, learn: Learner) -> Generator[None]:
+        """Choose what the optimiser has, and put it back at the end."""
+        self._parts = self._choose(learn.opt)
+        with ExitStack() as stack:
+            for part in self._parts:
+                stack.enter_context(part.around_fit(learn))
+            yield
+
+    def before_batch(self, learn: Learner) -> None:
+        """Set learning rate and momentum for this batch."""
+        for part in self._parts:
+            part.before_batch(learn)
+
+    def curves(self, opt: Optimizer) -> dict[str, schedules.Schedule]:
+        """Return what will be set, by the name it has on record."""
+        return {name: c for part in self._choose(opt) for name, c in part.curves(opt).items()}
+
+    def _choose(self, opt: Optimizer) -> list[Schedule]:
+        rates = self.lr if isinstance(self.lr, Sequence) else [self.lr] * len(opt.param_groups)
+        lr = Schedule("lr", [schedules.one_cycle(rate, warmup=self.warmup) for rate in rates])
+        if not all(map(has_momentum, opt.param_groups)):
+            return [lr]
+        high, low = self.momentum
+        down_and_up = [schedules.cosine(high, low), schedules.cosine(low, high)]
+        momentum = schedules.combine(schedules.phases(self.warmup), down_and_up)
+        return [lr, Schedule("momentum", momentum)]
+
+
+def plan(learn: Learner, epochs: int, callbacks: Iterable[Callback] = ()) -> Figure:
+    """Draw every schedule of a fit before it runs, value against batch.
+
+    Args:
+        learn: it and its optimiser are left as they are.
+        epochs: how long the fit shall be.
+        callbacks: those of the fit, beside the learner's own.
+
+    Raises:
+        SetupError: nothing is scheduled, or the training loader has no length.
+    """
+    from ..plots import plot_columns
+
+    opt = learn.opt or build_optimizer(learn.opt_func, learn.model.parameters(), learn.lr)
+    scheduled = [cb for cb in [*learn.callbacks, *callbacks] if isinstance(cb, Schedule | OneCycle)]
+    curves = {name: c for callback in scheduled for name, c in callback.curves(opt).items()}
+    n_batches = length(learn.data.train)
+    if not curves or n_batches is None:
+        raise SetupError(
+            "There is no schedule to draw." if n_batches else "The training loader has no length.",
+            do="learn.plan(5, callbacks=[callbacks.OneCycle(0.01)])",
+        )
+    n = epochs * n_batches
+    return plot_columns({name: [c(i / n) for i in range(n)] for name, c in curves.items()})

@@ -1,0 +1,171 @@
+"""DataLoaders: what a learner trains and validates on, and how a batch becomes an input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import DataError, SetupError
+from ..losses import mean_squared_error
+from ..tree import describe, split
+from .datasets import ArrayDataset
+from .loader import Loader, first
+from .transforms import Normalize
+
+Array = Tensor | np.ndarray
+Transform = Callable[[Any], Any]
+
+
+class DataLoaders:
+    """A training and a validation loader, and what belongs to both.
+
+    Args:
+        train: any iterable of batches: `Loader`, torch DataLoader, list. A batch is a tensor, a
+            tuple or list, inputs first, or a dict, whose inputs the model gets by name.
+        valid: likewise, or None.
+        classes: the names of the classes, or their number, if the targets are classes.
+        n_inputs: how many parts of a batch are inputs; the rest are targets.
+        transforms: functions or modules, applied one after the other to the inputs of every
+            batch, training and validation, once they are on the device.
+    """
+
+    def __init__(
+        self,
+        train: Iterable[Any],
+        valid: Iterable[Any] | None = None,
+        classes: Sequence[str] | int | None = None,
+        n_inputs: int = 1,
+        transforms: Sequence[Transform] = (),
+    ):
+        if n_inputs < 1:
+            raise SetupError("A batch must have an input.", saw=f"n_inputs={n_inputs}")
+        self.train, self.valid = train, valid
+        numbers = range(classes) if isinstance(classes, int) else classes
+        self.classes = None if numbers is None else [str(name) for name in numbers]
+        self.n_inputs, self.transforms = n_inputs, list(transforms)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        train: Sequence[Array],
+        valid: Sequence[Array] | None = None,
+        batch_size: int = 64,
+        classes: Sequence[str] | int | None = None,
+        transforms: Sequence[Transform] | None = None,
+        seed: int = 0,
+    ) -> DataLoaders:
+        """Make loaders over arrays in memory: shuffled training, validation in twice the batch.
+
+        Args:
+            train: the inputs and, last, the targets, each (n, ...).
+            valid: likewise, or None.
+            batch_size: items in a training batch.
+            classes: names or number of the classes; None reckons them from integer targets (n),
+                and takes targets of another kind for a regression.
+            transforms: None normalises uint8 inputs by the training data's mean and standard
+                deviation and leaves others as they are; [] leaves all as they are.
+            seed: of the training order.
+
+        Raises:
+            DataError: lengths differ, or a label is no class.
+        """
+        sets = [ArrayDataset(*arrays) for arrays in (train, valid) if arrays is not None]
+        inputs, targets = sets[0].arrays[0], [dataset.arrays[-1] for dataset in sets]
+        if classes is None and _are_labels(targets[0]):
+            classes = int(targets[0].max()) + 1
+        if classes is not None:
+            n = classes if isinstance(classes, int) else len(classes)
+            for name, labels in zip(("training", "validation"), targets, strict=False):
+                _check_labels(labels, n, name)
+            for dataset in sets:  # torch's losses want int64
+                dataset.arrays = (*dataset.arrays[:-1], dataset.arrays[-1].long())
+        if transforms is None:
+            transforms = [Normalize.of(inputs)] if inputs.dtype == torch.uint8 else []
+        return cls(
+            Loader(sets[0], batch_size, shuffle=True, seed=seed),
+            Loader(sets[1], batch_size * 2) if valid is not None else None,
+            classes,
+            max(len(train) - 1, 1),
+            transforms,
+        )
+
+    @property
+    def n_classes(self) -> int:
+        """The number of classes; raises SetupError where the targets are none."""
+        if self.classes is None:
+            raise SetupError("These data have no classes.", do="DataLoaders(..., classes=10)")
+        return len(self.classes)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Items in a validation batch, else in a training batch; None if no loader says it."""
+        sizes = (getattr(loader, "batch_size", None) for loader in (self.valid, self.train))
+        return next((size for size in sizes if size), None)
+
+    def default_loss(self) -> Callable[..., Tensor]:
+        """Return the loss that fits the targets: cross entropy, or mean squared error for floats.
+
+        Raises:
+            SetupError: the targets do not tell.
+        """
+        if self.classes is not None:
+            return F.cross_entropy
+        if isinstance(self.train, (Loader, list, tuple)) and len(
+            self.train
+        ):  # looking costs nothing
+            targets = split(first(self.train), self.n_inputs)[1]
+            if isinstance(targets, Tensor) and targets.is_floating_point():
+                return mean_squared_error
+            if isinstance(targets, Tensor) and _are_labels(targets):
+                return F.cross_entropy
+        raise SetupError(
+            "The data do not tell which loss fits their targets.",
+            saw=repr(self),
+            do="Learner(..., loss_func=torch.nn.functional.cross_entropy), or another.",
+        )
+
+    @contextmanager
+    def preserved_order(self) -> Generator[None]:
+        """Put each `Loader`'s epoch back on the way out."""
+        loaders = [loader for loader in (self.train, self.valid) if isinstance(loader, Loader)]
+        epochs = [loader.epoch for loader in loaders]
+        try:
+            yield
+        finally:
+            for loader, epoch in zip(loaders, epochs, strict=True):
+                loader.epoch = epoch
+
+    def __repr__(self) -> str:
+        names = {"train": self.train, "valid": self.valid, "transforms": self.transforms or None}
+        parts = [f"{name}={value!r}" for name, value in names.items() if value is not None]
+        if self.classes is not None:
+            parts.append(f"{len(self.classes)} classes")
+        return f"DataLoaders({', '.join(parts)})"
+
+
+def _are_labels(targets: Tensor) -> bool:
+    integer = not targets.is_floating_point() and not targets.is_complex()
+    return integer and targets.dtype != torch.bool and targets.ndim == 1
+
+
+def _check_labels(labels: Tensor, n_classes: int, part: str) -> None:
+    if not _are_labels(labels):
+        raise DataError(
+            f"The {part} targets are no class numbers.",
+            saw=describe(labels),
+            do="give integers (n).",
+        )
+    wrong = ((labels < 0) | (labels >= n_classes)).nonzero().flatten()
+    if len(wrong):
+        raise DataError(
+            f"A label of the {part} data is out of range.",
+            saw=f"label {int(labels[wrong[0]])} at item {int(wrong[0])}, {len(wrong)} such in all; "
+            f"there are {n_classes} classes, 0 to {n_classes - 1}",
+            do="mend the labels, or say how many classes there are: classes=...",
+        )

@@ -1,0 +1,54 @@
+"""Where a run happens: the choice of the device, with its reason, and one switch for the seeds."""
+
+import random
+
+import numpy as np
+import torch
+
+from .errors import SetupError
+
+
+def choose_device(device: str | torch.device = "auto") -> tuple[torch.device, str]:
+    """Choose a device and say why.
+
+    Args:
+        device: "auto" takes CUDA, else Apple's MPS, else the CPU; anything else is taken as
+            torch names it ("cpu", "cuda:1").
+
+    Returns:
+        The device and the reason for it, a short phrase.
+
+    Raises:
+        SetupError: torch does not know the name, or the device is not there.
+    """
+    if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise SetupError(
+                f"The device {str(device)!r} cannot be used.",
+                saw=str(error).splitlines()[0],
+                do='choose "auto", "cpu", or a device that torch sees on this machine.',
+            ) from None
+        return torch.device(device), "as asked"
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
+    if torch.backends.mps.is_available():
+        return torch.device("mps"), "Apple's GPU"
+    threads = torch.get_num_threads()
+    return torch.device("cpu"), f"no GPU that torch can use; {threads} thread{'s'[: threads > 1]}"
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators (on every device) with one number.
+
+    Loaders carry their own seed, an argument, and do not depend on these.
+
+    Args:
+        seed: 0 <= seed < 2**32, the range that all of them take.
+    """
+    if not 0 <= seed < 2**32:
+        raise SetupError("A seed must lie between 0 and 2**32 - 1.", saw=str(seed))
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

@@ -1,0 +1,98 @@
+"""Looks: using a learner and leaving no trace of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import events, tree
+from .data import ArrayDataset, Loader
+from .errors import SetupError
+from .events import Callback, CancelBatch
+from .record import Record
+from .slips import located
+from .snapshot import preserved, preserved_modes, preserved_random_state
+
+if TYPE_CHECKING:
+    from .learner import Learner
+
+
+@contextmanager
+def untouched(learn: Learner) -> Generator[None]:
+    """Let a block do anything with the learner, a fit too, and undo it on every way out.
+
+    Model, optimiser, random state, record, the learner's attributes and the order of its `Loader`s
+    are what they were. Costs a copy of the model and of the optimiser's state.
+    """
+    orders = learn.data.preserved_order()
+    with _attributes_kept(learn), preserved(learn.model, learn.opt), orders:
+        learn.handlers, learn.spans = events.bind(())  # within a fit, another may run
+        yield
+
+
+def validate(learn: Learner, loader: Iterable[Any] | None) -> dict[str, float]:
+    """Do what `Learner.validate` says."""
+    loader = learn.data.valid if loader is None else loader
+    if loader is None:
+        raise SetupError("There are no validation data.", do="learn.validate(loader)")
+    with _looking(learn), torch.no_grad():
+        results = learn.one_pass("validate", loader)
+    return {name.removeprefix("valid/"): value for name, value in results.items()}
+
+
+def predict(learn: Learner, items: Tensor | np.ndarray | Iterable[Any]) -> Any:
+    """Do what `Learner.predict` says: a validation pass that goes no further than predictions."""
+    if isinstance(items, (Tensor, np.ndarray)):
+        items = Loader(ArrayDataset(items), learn.data.batch_size or 64)
+    keep = _KeepPredictions()
+    with _looking(learn, keep), torch.no_grad():
+        learn.one_pass("validate", items)
+    return tree.join(keep.found)
+
+
+def copies(learn: Learner, callbacks: Iterable[Callback]) -> list[Callback]:
+    """Copy callbacks for a look that trains; what they hold of the learner stays the learner's."""
+    shared = (learn, learn.model, learn.opt, learn.data, learn.record)
+    return copy.deepcopy(list(callbacks), {id(thing): thing for thing in shared})
+
+
+class _KeepPredictions(Callback):
+    order = 1000  # after everyone who changes them
+
+    def __init__(self):
+        self.found: list[Any] = []
+
+    def after_predict(self, learn: Learner) -> None:
+        self.found.append(tree.to_device(learn.preds, torch.device("cpu")))
+        raise CancelBatch  # no loss: there may be no targets
+
+
+@contextmanager
+def _looking(learn: Learner, *callbacks: Callback) -> Generator[None]:
+    """Let a block run passes without training, and put back all that these can disturb.
+
+    Callbacks that change the course act (a prediction must go the way that training went), those
+    that only watch do not.
+    """
+    acting = [callback for callback in learn.callbacks if callback.changes]
+    with _attributes_kept(learn), preserved_modes(learn.model), preserved_random_state():
+        learn.handlers, learn.spans = events.bind([*acting, *callbacks])
+        with located(learn):
+            yield
+
+
+@contextmanager
+def _attributes_kept(learn: Learner) -> Generator[None]:
+    kept = dict(vars(learn))
+    learn.record, learn.metrics = Record(), copy.deepcopy(learn.metrics)
+    try:
+        yield
+    finally:
+        vars(learn).clear()
+        vars(learn).update(kept)

@@ -1,0 +1,191 @@
+"""Numbers to matplotlib figures. Nothing here needs a display or touches pyplot's state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .record import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Numbers = Sequence[float] | np.ndarray
+
+_BLUE, _ORANGE, _GREEN, _GREY = "#2166ac", "#d6604d", "#1b7837", "#8c8c8c"
+_COLOURS = [_BLUE, _ORANGE, _GREEN, "#762a83", "#b8860b", "#5c5c5c"]
+
+
+def figure(n_panels: int = 1, width: float = 5.4, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+    """Return an empty figure of `n_panels` panels side by side, each `width` by `height` inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(width * n_panels, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(drawing)
+    panels = list(drawing.subplots(1, n_panels, squeeze=False)[0])
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+    return drawing, panels
+
+
+def smooth(values: Numbers, beta: float = 0.98) -> np.ndarray:
+    """Return the exponential moving average, corrected for its start; NaN values are passed over.
+
+    Args:
+        values: n numbers.
+        beta: weight of the past, in [0, 1).
+
+    Returns:
+        Array (n,) of float64.
+    """
+    average, weight, smoothed = 0.0, 0.0, np.empty(len(values))
+    for i, value in enumerate(values):
+        if np.isfinite(value):
+            average, weight = beta * average + (1 - beta) * value, beta * weight + (1 - beta)
+        smoothed[i] = average / weight if weight else np.nan
+    return smoothed
+
+
+def plot_loss(batches: Table, epochs: Table) -> Figure:
+    """Draw the training loss by batch, raw and smoothed, and the validation loss by epoch."""
+    drawing, [axes] = figure()
+    _draw_loss(axes, batches, epochs)
+    return drawing
+
+
+def plot_schedule(batches: Table) -> Figure:
+    """Draw learning rate and other hyper-parameters by batch."""
+    return plot_columns({name: batches[name] for name in _hypers(batches)})
+
+
+def plot_run(batches: Table, epochs: Table) -> Figure:
+    """Draw a run in one row: loss, each metric, learning rate."""
+    metrics = sorted({name.split("/")[1] for name in epochs if "/" in name and _is_result(name)})
+    metrics = [name for name in metrics if name != "loss"]
+    rates = [name for name in _hypers(batches) if name.split("/")[0] == "lr"]
+    drawing, panels = figure(2 + len(metrics), width=4.6)
+    _draw_loss(panels[0], batches, epochs)
+    for axes, metric in zip(panels[1:], metrics, strict=False):
+        _draw_metric(axes, metric, epochs)
+    _draw_columns(panels[-1], {name: batches[name] for name in rates}, "learning rate")
+    return drawing
+
+
+def plot_columns(columns: Mapping[str, Numbers]) -> Figure:
+    """Draw columns of numbers by batch, those of one kind ("lr/0", "lr/1") in one panel."""
+    kinds = dict.fromkeys(name.split("/")[0] for name in columns)
+    drawing, panels = figure(max(len(kinds), 1), width=4.6)
+    for axes, kind in zip(panels, kinds, strict=False):
+        _draw_columns(
+            axes, {n: values for n, values in columns.items() if n.split("/")[0] == kind}, kind
+        )
+    return drawing
+
+
+def plot_lr_search(
+    lrs: Numbers,
+    losses: Numbers,
+    smoothed: Numbers,
+    suggestion: float | None,
+) -> Figure:
+    """Draw loss against learning rate, and the suggested rate."""
+    drawing, [axes] = figure()
+    axes.plot(lrs, losses, color=_GREY, alpha=0.45, linewidth=1, label="loss")
+    axes.plot(lrs, smoothed, color=_BLUE, linewidth=2, label="smoothed")
+    if suggestion is not None:
+        axes.axvline(
+            suggestion, color=_ORANGE, linestyle="--", label=f"suggestion {suggestion:.2g}"
+        )
+    finite = np.asarray(smoothed)[np.isfinite(smoothed)]
+    if len(finite):  # the explosion at the end must not flatten the valley
+        low, high = finite.min(), finite[: max(len(finite) // 2, 1)].max()
+        axes.set_ylim(low - 0.1 * (high - low), high + 0.35 * (high - low) + 1e-9)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss")
+    axes.legend(frameon=False)
+    return drawing
+
+
+def plot_images(images: np.ndarray, titles: Sequence[str], columns: int = 8) -> Figure:
+    """Draw images in a grid, a title over each.
+
+    Args:
+        images: (n, c, h, w) with c of 1 or 3, floats from 0 to 1.
+        titles: n words.
+        columns: images in a row.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = -(-len(images) // columns)
+    drawing = Figure(figsize=(1.15 * columns, 1.35 * rows), dpi=120, layout="constrained")
+    FigureCanvasAgg(drawing)
+    cells = drawing.subplots(rows, columns, squeeze=False).flat
+    for cell in cells:
+        cell.axis("off")
+    for cell, image, title in zip(cells, images, titles, strict=False):
+        pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
+        cell.imshow(np.clip(pixels, 0, 1), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        cell.set_title(title, fontsize=9)
+    return drawing
+
+
+def _draw_loss(axes: Axes, batches: Table, epochs: Table) -> None:
+    losses = batches["train/loss"]
+    steps = np.arange(1, len(losses) + 1)
+    axes.plot(steps, losses, color=_BLUE, alpha=0.25, linewidth=0.8)
+    axes.plot(
+        steps,
+        smooth(losses, 1 - min(30 / len(losses), 1)),
+        color=_BLUE,
+        linewidth=1.8,
+        label="train, smoothed",
+    )
+    if "valid/loss" in epochs:
+        axes.plot(_epoch_ends(batches), epochs["valid/loss"], "o-", color=_ORANGE, label="valid")
+    _limit_to_bulk(axes, losses)
+    axes.set(title="loss", xlabel="batch")
+    axes.legend(frameon=False)
+
+
+def _draw_metric(axes: Axes, metric: str, epochs: Table) -> None:
+    numbers = np.arange(1, len(epochs) + 1)
+    for part, colour in (("train", _BLUE), ("valid", _ORANGE)):
+        if f"{part}/{metric}" in epochs:
+            axes.plot(numbers, epochs[f"{part}/{metric}"], "o-", color=colour, label=part)
+    axes.set(title=metric.replace("_", " "), xlabel="epoch")
+    axes.locator_params(axis="x", integer=True)
+    axes.legend(frameon=False)
+
+
+def _draw_columns(axes: Axes, columns: Mapping[str, Numbers], title: str) -> None:
+    for colour, (name, values) in zip(_COLOURS * 9, columns.items(), strict=False):
+        axes.plot(np.arange(1, len(values) + 1), values, color=colour, linewidth=1.8, label=name)
+    axes.set(title=title.replace("_", " "), xlabel="batch")
+    if len(columns) > 1:
+        axes.legend(frameon=False)
+
+
+def _epoch_ends(batches: Table) -> np.ndarray:
+    epoch = batches["epoch"]
+    return np.flatnonzero(np.append(epoch[1:] != epoch[:-1], True)) + 1
+
+
+def _limit_to_bulk(axes: Axes, values: np.ndarray) -> None:
+    """Let a few high values at the start leave the picture rather than flatten the rest."""
+    finite = values[np.isfinite(values)]
+    if len(finite) > 50:
+        low, high = finite.min(), np.quantile(finite, 0.98)
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low) + 1e-9)
+
+
+def _is_result(name: str) -> bool:
+    return name.split("/")[0] in ("train", "valid")
+
+
+def _hypers(batches: Table) -> list[str]:
+    return [name for name in batches if not _is_result(name) and name not in ("epoch", "batch")]

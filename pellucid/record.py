@@ -1,0 +1,187 @@
+"""The run as plain numbers: a column a name, one row a training batch, another table by epoch.
+
+Training writes here, everything else reads: tables, plots, early stopping and checks never touch a
+model. A record holds no tensors; it can be sliced, saved, loaded and plotted long after the run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+
+from .errors import DataError, DataNotFound, UnknownName, did_you_mean
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FORMAT = "pellucid record 1"
+
+
+class Table:
+    """Columns of numbers of one length; where a column has no value, it is NaN.
+
+    `table[name]` is a copy of a column, a float64 array (rows,); `table[-100:]` a table of the last
+    hundred rows; `len(table)` the number of rows; iterating gives the names.
+    """
+
+    def __init__(self):
+        self._columns: dict[str, array] = {}
+        self._n_rows = 0
+
+    def append(self, row: Mapping[str, float]) -> None:
+        """Add one row; a name not seen before becomes a column, NaN in all rows above."""
+        self.extend({name: [value] for name, value in row.items()}, 1)
+
+    def extend(self, rows: Mapping[str, Sequence[float]], n: int) -> None:
+        """Add `n` rows, given by columns of length `n`."""
+        for name in rows:
+            if name not in self._columns:
+                self._columns[name] = array("d", [math.nan]) * self._n_rows
+        for name, column in self._columns.items():
+            column.extend(rows[name] if name in rows else [math.nan] * n)
+        self._n_rows += n
+
+    def last(self, name: str) -> float:
+        """Return the newest value of a column."""
+        return self.column(name)[-1]
+
+    def best_row(self, name: str, since: int = 0, min_delta: float = 0.0) -> int | None:
+        """Return the row where a column was last improved upon.
+
+        Lower is better where the name has "loss" or "error" in it, else higher.
+
+        Args:
+            name: the column.
+            since: the first row that counts.
+            min_delta: how much better a value must be to count as better.
+
+        Returns:
+            The row, or None if no value since then is a number.
+        """
+        sign = 1 if re.search("loss|error", name) else -1
+        best, where = math.inf, None
+        for row, value in enumerate(self.column(name)[since:], since):
+            if sign * value < best - min_delta * (where is not None):
+                best, where = sign * value, row
+        return where
+
+    def column(self, name: str) -> array:
+        """Return a column itself, to read; raises UnknownName if there is none of that name."""
+        if name not in self._columns:
+            raise UnknownName(
+                f"The record has no column {name!r}.",
+                saw=f"it has {', '.join(self._columns) or 'none yet'}",
+                do=did_you_mean(name, self._columns) if self._columns else "train first.",
+            )
+        return self._columns[name]
+
+    @overload
+    def __getitem__(self, key: str) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, key: slice) -> Table: ...
+    def __getitem__(self, key: str | slice) -> np.ndarray | Table:
+        if isinstance(key, str):
+            return np.array(self.column(key))
+        part = Table()
+        part.extend(
+            {name: column[key] for name, column in self._columns.items()},
+            len(range(*key.indices(len(self)))),
+        )
+        return part
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._columns
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return self._n_rows
+
+    def __repr__(self) -> str:
+        return f"Table({len(self)} rows: {', '.join(self) or 'no columns'})"
+
+
+class Record:
+    """What happened in the fits of one learner.
+
+    Attributes:
+        batches: a row for each training batch: "epoch" (counted over all fits), "train/loss",
+            "train/<metric>", "lr" (one column a parameter group, "lr/0" and so on, where there
+            are several) and every scheduled hyper-parameter.
+        epochs: a row for each epoch: "train/...", "valid/..." and "seconds".
+    """
+
+    def __init__(self):
+        self.batches = Table()
+        self.epochs = Table()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Return a column by batch, or, for what is known by epoch alone, by epoch."""
+        table = self.epochs if name in self.epochs and name not in self.batches else self.batches
+        return table[name]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the record as JSON and return the path; NaN and infinities are kept."""
+        path = Path(path)
+        tables = {"batches": self.batches, "epochs": self.epochs}
+        plain = {
+            name: {column: list(table.column(column)) for column in table}
+            for name, table in tables.items()
+        }
+        path.write_text(json.dumps({"format": _FORMAT, **plain}))
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Record:
+        """Read what `save` wrote.
+
+        Raises:
+            DataNotFound: there is no such file.
+            DataError: the file is no record.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise DataNotFound("There is no record.", saw=str(path))
+        try:
+            plain = json.loads(path.read_text())
+            if plain["format"] != _FORMAT:
+                raise ValueError(plain["format"])
+        except (ValueError, KeyError, TypeError):
+            raise DataError("This file is no record of pellucid's.", saw=str(path)) from None
+        record = cls()
+        for name in ("batches", "epochs"):
+            columns = plain[name]
+            n = len(next(iter(columns.values()), []))
+            getattr(record, name).extend(columns, n)
+        return record
+
+    def plot_loss(self) -> Figure:
+        """Draw the training loss by batch, smoothed too, and the validation loss by epoch."""
+        from .plots import plot_loss
+
+        return plot_loss(self.batches, self.epochs)
+
+    def plot_schedule(self) -> Figure:
+        """Draw the learning rate and every other scheduled hyper-parameter by batch."""
+        from .plots import plot_schedule
+
+        return plot_schedule(self.batches)
+
+    def plot(self) -> Figure:
+        """Draw loss, metrics and learning rate side by side: the picture of a run."""
+        from .plots import plot_run
+
+        return plot_run(self.batches, self.epochs)
+
+    def __repr__(self) -> str:
+        epochs, batches = len(self.epochs), len(self.batches)
+        ends = [f"{name} {self.epochs.last(name):.4g}" for name in self.epochs if name != "seconds"]
+        return f"Record({epochs} epochs, {batches} batches{''.join(f', {end}' for end in ends)})"

@@ -1,0 +1,139 @@
+"""The numbers of one pass: they wait on the device, are read seldom, and go on record."""
+
+import math
+import operator
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import NonFiniteLoss
+from .metrics import MetricObject
+from .record import Record
+from .tree import map_leaves
+
+READ_INTERVAL = 0.1
+"""Seconds between two readings, the only moments in a pass when the host waits for the device."""
+
+_CHUNK = 128
+"""Numbers that wait one by one; then they are joined, still on the device, so that a fast loop
+does not run through fresh memory (a 0-d tensor takes half a kilobyte)."""
+
+
+class Tally:
+    """The losses and metrics of one pass.
+
+    Args:
+        metrics: functions and objects by name; the objects are reset.
+        record: where each training batch's numbers go once they are read; None keeps only the
+            averages.
+        hypers: names of the hyper-parameters that come with each batch.
+
+    Attributes:
+        n_readings: how often numbers were read; who shows them looks when it grows.
+    """
+
+    def __init__(
+        self, metrics: dict[str, Any], record: Record | None = None, hypers: Sequence[str] = ()
+    ):
+        self._functions = {n: m for n, m in metrics.items() if not isinstance(m, MetricObject)}
+        self._objects = {n: m for n, m in metrics.items() if n not in self._functions}
+        for metric in self._objects.values():
+            metric.reset()
+        self._record, self._epoch = record, len(record.epochs) if record is not None else 0
+        self._names = ["batch", *hypers]
+        self._waiting: list[Tensor] = []  # loss, metric, ..., loss, metric, ...
+        self._chunks: list[Tensor] = []  # what waited before, joined
+        self._weights: list[int] = []
+        self._rows: list[tuple[float, ...]] = []
+        self._sums = dict.fromkeys(["loss", *self._functions], 0.0)
+        self._n_items = 0
+        self.n_readings = 0
+        self._next_reading = perf_counter() + READ_INTERVAL
+
+    def add(
+        self, loss: Tensor, preds: Any, targets: Any, n_items: int, row: tuple[float, ...]
+    ) -> None:
+        """Take in a batch, and read when it is time to.
+
+        Args:
+            loss: mean over the batch, 0-d.
+            preds: the model's output, for the metrics.
+            targets: likewise.
+            n_items: the weight of the batch.
+            row: its number in the pass, and the hyper-parameters.
+        """
+        self._waiting.append(loss.detach())
+        self._weights.append(n_items)
+        self._rows.append(row)
+        if self._functions or self._objects:
+            preds = preds.detach() if isinstance(preds, Tensor) else map_leaves(_detached, preds)
+            for metric in self._functions.values():
+                value = metric(preds, targets)
+                self._waiting.append(value if isinstance(value, Tensor) else loss.new_tensor(value))
+            for metric in self._objects.values():
+                metric.update(preds, targets)
+        if len(self._waiting) >= _CHUNK:
+            self._chunks.append(torch.stack(self._waiting))
+            self._waiting = []
+        if perf_counter() >= self._next_reading:
+            self.read()
+
+    def read(self) -> None:
+        """Read all that waits in one transfer, and put it on record.
+
+        Raises:
+            NonFiniteLoss: a loss that goes on record is NaN or infinite.
+        """
+        if self._waiting:
+            self._chunks.append(torch.stack(self._waiting))
+        values = torch.cat(self._chunks).tolist() if self._chunks else []
+        columns = {name: values[i :: len(self._sums)] for i, name in enumerate(self._sums)}
+        for name, column in columns.items():
+            self._sums[name] += sum(map(operator.mul, column, self._weights))
+        self._n_items += sum(self._weights)
+        rows, self._rows, self._weights = self._rows, [], []
+        self._waiting, self._chunks = [], []
+        self.n_readings += 1
+        self._next_reading = perf_counter() + READ_INTERVAL
+        if self._record is not None and rows:
+            shared = dict(zip(self._names, zip(*rows, strict=True), strict=True))
+            trained = {f"train/{name}": column for name, column in columns.items()}
+            epoch = {"epoch": [self._epoch] * len(rows)}
+            self._record.batches.extend(epoch | shared | trained, len(rows))
+            if not all(map(math.isfinite, columns["loss"])):
+                self._refuse_non_finite(self._record, columns["loss"], shared)
+
+    def averages(self) -> dict[str, float]:
+        """Return the means over all items read so far; NaN where there are none."""
+        n = self._n_items or math.nan
+        return {name: total / n for name, total in self._sums.items()}
+
+    def results(self) -> dict[str, float]:
+        """Read what waits; return the averages and what the metric objects compute."""
+        self.read()
+        computed = {name: float(metric.compute()) for name, metric in self._objects.items()}
+        return self.averages() | computed
+
+    def _refuse_non_finite(
+        self, record: Record, losses: list[float], row: dict[str, tuple[float, ...]]
+    ) -> None:
+        first = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
+        column = record.batches.column("train/loss")
+        end = len(column) - len(losses) + first
+        before = [f"{loss:.4g}" for loss in column[max(end - 3, 0) : end]]
+        hypers = "".join(f", {name} {row[name][first]:.3g}" for name in self._names[1:])
+        raise NonFiniteLoss(
+            f"The training loss became {losses[first]} in epoch {self._epoch}, batch "
+            f"{row['batch'][first]} (both counted from 0).",
+            saw=f"the losses before it {', '.join(before) or '(none)'}{hypers}",
+            do="a lower lr is the usual cure, learn.find_lr().plot() shows which; if the first "
+            "batch is bad already, look for NaN in the data. The weights may be spoilt: begin "
+            "again with a new model or saved weights.",
+        )
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
