@@ -170,7 +170,9 @@ class Learner:
             check_length(self.batch_index + 1, self.n_batches, kind)
         except CancelEpoch:
             self.fire("after_cancel_epoch")
-        results = self._end_pass()
+        if self.training:
+            self.progress = self._progress(self.n_batches or 1)
+        results = self.tally.results()
         self.fire(f"after_{kind}")
         return results
 
@@ -289,17 +291,14 @@ class Learner:
 
     def reset_optimizer(self) -> None:
         """Make a new optimiser, without the old one's momentum."""
-        trainable = [param for param in self.model.parameters() if param.requires_grad]
-        self.opt = build_optimizer(self.opt_func, trainable, self.lr)
+        self.opt = build_optimizer(self.opt_func, self.model, self.lr)
 
     def _begin_pass(self, kind: str, loader: Iterable[Any]) -> None:
         self.training = kind == "train"
         self.model.train(self.training)
         self.batch_index, self.n_batches = -1, length(loader)
-        self.tally = Tally(self.metrics)
-        if self.training:
-            names = hyper_names(self.opt, self.recorded)
-            self.tally = Tally(self.metrics, self.record, names)
+        names = hyper_names(self.opt, self.recorded) if self.training else ()
+        self.tally = Tally(self.metrics, self.record if self.training else None, names)
 
     def _take(self, batch: Any) -> None:
         """Bring a batch to the device and through the data's transforms."""
@@ -320,15 +319,6 @@ class Learner:
     def _note_batch(self) -> None:
         row = (self.batch_index, *hyper_values(self.opt, self.recorded)) if self.training else ()
         self.tally.add(self.loss, self.preds, self.y, tree.n_items(self.x), row)
-
-    def _end_pass(self) -> dict[str, float]:
-        part = "train" if self.training else "valid"
-        results = {f"{part}/{name}": value for name, value in self.tally.results().items()}
-        if self.training:
-            self.progress = self._progress(self.n_batches or 1)
-            names = hyper_names(self.opt, self.recorded)
-            results |= zip(names, hyper_values(self.opt, self.recorded), strict=True)
-        return results
 
     # ── looks: what they do is undone ─────────────────────────────────────────────────────────
 

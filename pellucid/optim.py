@@ -11,10 +11,8 @@ from torch.optim import Optimizer
 from .errors import SetupError, UnknownName, did_you_mean
 
 
-def build_optimizer(
-    opt_func: Callable[..., Optimizer], params: Iterable[nn.Parameter], lr: float
-) -> Optimizer:
-    """Call `opt_func(params, lr=lr)`, in torch's fastest form of it.
+def build_optimizer(opt_func: Callable[..., Optimizer], model: nn.Module, lr: float) -> Optimizer:
+    """Call `opt_func(params, lr=lr)` with what the model trains, in torch's fastest form of it.
 
     Most of torch's optimisers exist as a loop over parameters, in a form that handles all of them
     in one call per operation (`foreach`) and as one kernel (`fused`): for a small model a step
@@ -25,7 +23,7 @@ def build_optimizer(
     Raises:
         SetupError: `opt_func` cannot be called so, or gives no torch optimiser.
     """
-    params = list(params)
+    params = [param for param in model.parameters() if param.requires_grad]
     if not params:
         raise SetupError(
             "The model has no parameters to train.",

@@ -42,13 +42,15 @@ class Tally:
         self._objects = {n: m for n, m in metrics.items() if n not in self._functions}
         for metric in self._objects.values():
             metric.reset()
+        self._part = "valid" if record is None else "train"
         self._record, self._epoch = record, len(record.epochs) if record is not None else 0
         self._names = ["batch", *hypers]
+        self._last_row: tuple[float, ...] = ()
         self._waiting: list[Tensor] = []  # loss, metric, ..., loss, metric, ...
         self._chunks: list[Tensor] = []  # what waited before, joined
         self._weights: list[int] = []
         self._rows: list[tuple[float, ...]] = []
-        self._sums = dict.fromkeys(["loss", *self._functions], 0.0)
+        self._sums = {f"{self._part}/{name}": 0.0 for name in ["loss", *self._functions]}
         self._n_items = 0
         self.n_readings = 0
         self._next_reading = perf_counter() + READ_INTERVAL
@@ -95,16 +97,16 @@ class Tally:
             self._sums[name] += sum(map(operator.mul, column, self._weights))
         self._n_items += sum(self._weights)
         rows, self._rows, self._weights = self._rows, [], []
+        self._last_row = rows[-1] if rows else self._last_row
         self._waiting, self._chunks = [], []
         self.n_readings += 1
         self._next_reading = perf_counter() + READ_INTERVAL
         if self._record is not None and rows:
             shared = dict(zip(self._names, zip(*rows, strict=True), strict=True))
-            trained = {f"train/{name}": column for name, column in columns.items()}
             epoch = {"epoch": [self._epoch] * len(rows)}
-            self._record.batches.extend(epoch | shared | trained, len(rows))
-            if not all(map(math.isfinite, columns["loss"])):
-                self._refuse_non_finite(self._record, columns["loss"], shared)
+            self._record.batches.extend(epoch | shared | columns, len(rows))
+            if not all(map(math.isfinite, columns["train/loss"])):
+                self._refuse_non_finite(self._record, columns["train/loss"], shared)
 
     def averages(self) -> dict[str, float]:
         """Return the means over all items read so far; NaN where there are none."""
@@ -112,10 +114,14 @@ class Tally:
         return {name: total / n for name, total in self._sums.items()}
 
     def results(self) -> dict[str, float]:
-        """Read what waits; return the averages and what the metric objects compute."""
+        """Read what waits; return averages, what metric objects compute, and the last hypers."""
         self.read()
-        computed = {name: float(metric.compute()) for name, metric in self._objects.items()}
-        return self.averages() | computed
+        computed = {
+            f"{self._part}/{name}": float(metric.compute())
+            for name, metric in self._objects.items()
+        }
+        hypers = dict(zip(self._names[1:], self._last_row[1:], strict=False))
+        return self.averages() | computed | hypers
 
     def _refuse_non_finite(
         self, record: Record, losses: list[float], row: dict[str, tuple[float, ...]]

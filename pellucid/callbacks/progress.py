@@ -99,7 +99,7 @@ class Progress(Callback):
             self._rows = []
         part = "training" if learn.training else "validating"
         averages = learn.tally.averages().items()
-        numbers = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in averages)
+        numbers = "  ".join(f"{_title(name.split('/')[1])} {v:.4f}" for name, v in averages)
         text = f"epoch {learn.epoch + 1} of {learn.n_epochs}, {part}  {numbers}"
         self._view.running(learn.batch_index + 1, learn.n_batches, text)
 
@@ -192,7 +192,7 @@ class _Notebook:
     """One HTML table, replaced in place; its last state stays in the saved notebook."""
 
     def __init__(self, heads: list[str]):
-        from IPython.display import HTML, display  # ty: ignore[unresolved-import]
+        from IPython.display import HTML, display  # ty: ignore[import-not-found]
 
         self._html = HTML
         self._heads, self._rows, self._line = heads, [], ""

@@ -142,7 +142,7 @@ def plan(learn: Learner, epochs: int, callbacks: Iterable[Callback] = ()) -> Fig
     """
     from ..plots import plot_columns
 
-    opt = learn.opt or build_optimizer(learn.opt_func, learn.model.parameters(), learn.lr)
+    opt = learn.opt or build_optimizer(learn.opt_func, learn.model, learn.lr)
     scheduled = [cb for cb in [*learn.callbacks, *callbacks] if isinstance(cb, Schedule | OneCycle)]
     curves = {name: c for callback in scheduled for name, c in callback.curves(opt).items()}
     n_batches = length(learn.data.train)
