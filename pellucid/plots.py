@@ -124,7 +124,7 @@ def plot_images(images: np.ndarray, titles: Sequence[str], columns: int = 8) -> 
     rows = -(-len(images) // columns)
     drawing = Figure(figsize=(1.15 * columns, 1.35 * rows), dpi=120, layout="constrained")
     FigureCanvasAgg(drawing)
-    cells = drawing.subplots(rows, columns, squeeze=False).flat
+    cells = list(drawing.subplots(rows, columns, squeeze=False).flat)
     for cell in cells:
         cell.axis("off")
     for cell, image, title in zip(cells, images, titles, strict=False):

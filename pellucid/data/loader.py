@@ -14,14 +14,14 @@ from ..randomness import permutation
 class Loader:
     """Batches of a data set.
 
-    A data set with a method `gather(indices) -> batch` (`ArrayDataset` has one) is asked for whole
-    batches; of any other its items are taken one by one and collated as torch's DataLoader does.
+    A data set with a method `batches(order, size)` (`ArrayDataset` has one) makes whole batches
+    itself; of any other the items are taken one by one and collated as torch's DataLoader does.
 
     Every `iter()` begins the next epoch. The order is a pure function of (seed, epoch): the same
     on any machine, whatever happened to other random numbers.
 
     Args:
-        dataset: has `len()`, and `gather(indices)` or `[i]`.
+        dataset: has `len()`, and `batches(order, size)` or `[i]`.
         batch_size: items a batch, 1 or more.
         shuffle: a new order every epoch; otherwise the data set's own.
         drop_last: leave out a last batch that is not full.
@@ -65,10 +65,14 @@ class Loader:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """Give the batches of one epoch from the `start`-th on, without beginning a new one."""
-        chunks = self.order(epoch).split(self.batch_size)[start : len(self)]
-        if hasattr(self.dataset, "gather"):
-            return map(self.dataset.gather, chunks)
-        return (default_collate([self.dataset[i] for i in chunk.tolist()]) for chunk in chunks)
+        size = self.batch_size
+        order = self.order(epoch)[start * size : len(self) * size]
+        if not len(order):  # torch would split nothing into one empty part
+            return iter(())
+        if hasattr(self.dataset, "batches"):
+            return self.dataset.batches(order, size)
+        chunks = (chunk.tolist() for chunk in order.split(size))
+        return (default_collate([self.dataset[i] for i in chunk]) for chunk in chunks)
 
     def order(self, epoch: int) -> torch.Tensor:
         """Return the order of the items in one epoch, an int64 tensor (n,)."""
