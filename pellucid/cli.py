@@ -60,6 +60,7 @@ Out = Annotated[Path | None, Parameter(help="Folder for what is saved; runs/SOUR
 @app.command
 def train(
     source: Source,
+    /,
     *,
     epochs: Epochs = None,
     lr: Rate = None,
@@ -91,6 +92,7 @@ def train(
 @app.command
 def find_lr(
     source: Source,
+    /,
     *,
     batch_size: BatchSize = None,
     model: Model = None,
@@ -108,7 +110,7 @@ def find_lr(
 
 
 @app.command
-def show(source: Source, *, seed: Seed = 0, out: Out = None) -> None:
+def show(source: Source, /, *, seed: Seed = 0, out: Out = None) -> None:
     """Say what a data set holds, and save a picture of its first training batch."""
     from .data import first
     from .plots import plot_images
@@ -116,18 +118,19 @@ def show(source: Source, *, seed: Seed = 0, out: Out = None) -> None:
     data = _load(source, 32, seed)
     n_train, n_valid = len(data.train.dataset), len(data.valid.dataset)
     print(f"{source}: {n_train:,} images to train on, {n_valid:,} to validate")
-    print(f"{data.n_classes} classes: {', '.join(data.classes)}")
+    names = data.classes or []
+    print(f"{len(names)} classes: {', '.join(names)}")
     x, y = first(data.train)
     print(f"an image: {'×'.join(map(str, x.shape[1:]))} (channels, height, width), {x.dtype}")
     images = x.float() / float(x.max())
-    titles = [data.classes[int(label)] for label in y]
+    titles = [names[int(label)] for label in y]
     _save(plot_images(images.numpy(), titles), _folder(out, source) / "batch.png", "a batch")
 
 
 def main() -> None:
     """Run the command line; exit with 0, 1 (the run failed), 2 (a slip) or 130 (Ctrl-C)."""
     try:
-        app(exit_on_error=False)
+        app(sys.argv[1:], exit_on_error=False)
     except CycloptsError:
         sys.exit(2)  # its message is on the screen already
     except PellucidError as error:

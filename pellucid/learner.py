@@ -308,7 +308,8 @@ class Learner:
             )
         if self.training:
             self.progress = self._progress(self.batch_index)
-        self.x, self.y = tree.split(tree.to_device(batch, self.device), self.data.n_inputs)
+        x, y = tree.split(batch, self.data.n_inputs)
+        self.x, self.y = tree.to_device(x, self.device), tree.to_device(y, self.device)
         for transform in self.data.transforms:
             self.x = transform(self.x)
 

@@ -146,7 +146,8 @@ def _draw_loss(axes: Axes, batches: Table, epochs: Table) -> None:
         label="train, smoothed",
     )
     if "valid/loss" in epochs:
-        axes.plot(_epoch_ends(batches), epochs["valid/loss"], "o-", color=_ORANGE, label="valid")
+        ends = np.searchsorted(batches["epoch"], np.arange(len(epochs)), side="right")
+        axes.plot(ends, epochs["valid/loss"], "o-", color=_ORANGE, label="valid")
     _limit_to_bulk(axes, losses)
     axes.set(title="loss", xlabel="batch")
     axes.legend(frameon=False)
@@ -168,11 +169,6 @@ def _draw_columns(axes: Axes, columns: Mapping[str, Numbers], title: str) -> Non
     axes.set(title=title.replace("_", " "), xlabel="batch")
     if len(columns) > 1:
         axes.legend(frameon=False)
-
-
-def _epoch_ends(batches: Table) -> np.ndarray:
-    epoch = batches["epoch"]
-    return np.flatnonzero(np.append(epoch[1:] != epoch[:-1], True)) + 1
 
 
 def _limit_to_bulk(axes: Axes, values: np.ndarray) -> None:

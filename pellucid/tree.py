@@ -34,8 +34,6 @@ def to_device(tree: Any, device: torch.device) -> Any:
     """Move every tensor to `device`; what is there already is returned as it is, not copied."""
     if isinstance(tree, Tensor):
         return tree if tree.device == device else tree.to(device, non_blocking=True)
-    if type(tree) is tuple:  # the common batch, without the general machinery
-        return tuple([to_device(value, device) for value in tree])
     return map_leaves(
         lambda leaf: to_device(leaf, device) if isinstance(leaf, Tensor) else leaf, tree
     )

@@ -45,7 +45,8 @@ class DataLoaders:
     ):
         if n_inputs < 1:
             raise SetupError("A batch must have an input.", saw=f"n_inputs={n_inputs}")
-        self.train, self.valid = train, valid
+        self.train: Any = train
+        self.valid: Any = valid
         numbers = range(classes) if isinstance(classes, int) else classes
         self.classes = None if numbers is None else [str(name) for name in numbers]
         self.n_inputs, self.transforms = n_inputs, list(transforms)

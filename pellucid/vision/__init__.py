@@ -1,5 +1,5 @@
 """Models for images."""
 
-from .models import mlp, simple_cnn
+from .models import mlp, simple_cnn, small_resnet
 
-__all__ = ["mlp", "simple_cnn"]
+__all__ = ["mlp", "simple_cnn", "small_resnet"]
