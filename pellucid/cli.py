@@ -42,8 +42,8 @@ class Recipe:
 
 RECIPES = {
     "digits": Recipe("digits", "small_resnet", epochs=10, lr=0.01, batch_size=64),
-    "mnist": Recipe("mnist", "small_resnet", epochs=3, lr=0.01, batch_size=256),
-    "fashion-mnist": Recipe("fashion_mnist", "small_resnet", epochs=5, lr=0.01, batch_size=256),
+    "mnist": Recipe("mnist", "small_resnet", epochs=3, lr=0.01, batch_size=128),
+    "fashion-mnist": Recipe("fashion_mnist", "small_resnet", epochs=5, lr=0.01, batch_size=128),
 }
 MODELS = ("mlp", "simple_cnn", "small_resnet")
 
@@ -170,8 +170,12 @@ def _learner(
     data = _load(source, batch_size, seed)
     seed_everything(seed)
     shape = first(data.train)[0].shape[1:]
-    inputs = shape.numel() if name == "mlp" else shape[0]
-    module = getattr(vision, name)(inputs, data.n_classes)
+    if name == "mlp":
+        module = vision.mlp(shape.numel(), data.n_classes)
+    elif name == "small_resnet" and shape[-1] < 16:  # nothing is left of it after four halvings
+        module = vision.small_resnet(shape[0], data.n_classes, (16, 32, 64), first_stride=1)
+    else:
+        module = getattr(vision, name)(shape[0], data.n_classes)
     return Learner(module, data, metrics=[accuracy], device=device)
 
 

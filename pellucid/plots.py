@@ -103,7 +103,7 @@ def plot_lr_search(
         )
     finite = np.asarray(smoothed)[np.isfinite(smoothed)]
     if len(finite):  # the explosion at the end must not flatten the valley
-        low, high = finite.min(), finite[: max(len(finite) // 2, 1)].max()
+        low, high = np.nanmin(losses), finite[: max(len(finite) // 2, 1)].max()
         axes.set_ylim(low - 0.1 * (high - low), high + 0.35 * (high - low) + 1e-9)
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss")
     axes.legend(frameon=False)

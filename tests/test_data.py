@@ -5,7 +5,7 @@ import hashlib
 import math
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import pytest
@@ -121,7 +121,7 @@ def test_a_loader_over_arrays_is_a_list_cut_into_pieces(n, size, drop_last, shuf
         assert [batch[0][:, 39].tolist() for batch in found] == expected
         assert len(loader) == len(expected) == (n // size if drop_last else math.ceil(n / size))
         if not drop_last:
-            assert sorted(sum(expected, [])) == x.tolist()
+            assert sorted(chain(*expected)) == x.tolist()
 
 
 @given(**(loaders | {"n": st.integers(1, 40)}))
@@ -678,7 +678,7 @@ def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802
+        def do_GET(self):
             httpd.paths.append(self.path)
             found = self.path != "/missing.gz"
             self.send_response(200 if found else 404)
@@ -720,7 +720,7 @@ def test_a_file_with_another_checksum_does_not_get_its_name(server, tmp_path):
 
 @pytest.mark.parametrize("name", ["missing.gz", "short.gz"])
 def test_a_download_that_fails_is_an_os_error_and_leaves_nothing(server, tmp_path, name):
-    with pytest.raises(OSError):  # noqa: PT011
+    with pytest.raises(OSError):
         fetch_file(f"{server.url}/{name}", SHA256, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

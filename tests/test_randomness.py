@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pellucid.errors import SetupError
 from pellucid.device import seed_everything
+from pellucid.errors import SetupError
 from pellucid.randomness import permutation, words
 
 any_integer = st.integers(-(2**70), 2**70)

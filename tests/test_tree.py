@@ -11,7 +11,7 @@ from torch import tensor
 from pellucid.errors import DataError
 from pellucid.tree import describe, join, leaves, map_leaves, n_items, split, to_device
 
-Pair = namedtuple("Pair", "image label")  # noqa: PYI024
+Pair = namedtuple("Pair", "image label")
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -74,6 +74,11 @@ def test_joined_slices_are_the_whole(make):
     assert describe(whole) == describe(make(a, b))
     for found, expected in zip(leaves(whole), leaves(make(a, b)), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_joining_keeps_the_types_of_containers():
+    whole = join([Pair(tensor([1]), {"a": tensor([2])}), Pair(tensor([3]), {"a": tensor([4])})])
+    assert type(whole) is Pair and whole.label["a"].tolist() == [2, 4]
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ class Progress(Callback):
         """Add the epoch's row."""
         epochs = learn.record.epochs
         numbers = [f"{epochs.last(name):.4f}" for name in _columns(learn)]
-        self._rows.append([str(len(epochs)), *numbers, f"{epochs.last('seconds'):.1f}"])
+        self._rows.append([str(len(epochs)), *numbers, f"{epochs.last('seconds'):.2f}"])
         self._update(learn)
 
     def _update(self, learn: Learner) -> None:

@@ -1,7 +1,6 @@
 """Small models for small images. Any input size will do where the last map is averaged."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -40,34 +39,45 @@ def simple_cnn(
 
 
 def small_resnet(
-    n_channels: int, n_classes: int, widths: Sequence[int] = (16, 32, 64, 128)
+    n_channels: int,
+    n_classes: int,
+    widths: Sequence[int] = (16, 32, 64, 128),
+    first_stride: int = 2,
 ) -> nn.Sequential:
     """Return a residual network for images of 8×8 to 64×64 pixels.
 
-    A convolution, then for each further width: halve the map, widen, and add what one more
-    convolution makes of it. Every convolution is followed by batch norm and ReLU.
+    A convolution, then a residual block a width, each but the first halving the map
+    (He et al., 2016; the shortcut averages before it narrows, as in ResNet-D, He et al., 2019).
 
     Args:
         n_channels: of the images, (n, channels, h, w).
         n_classes: outputs.
-        widths: channels of the first convolution and of each stage.
+        widths: channels of the first convolution and of its block, then of each further block.
+        first_stride: of the first convolution; 1 for very small images.
     """
-    layers: list[nn.Module] = [_conv_norm_relu(n_channels, widths[0])]
-    for before, after in pairwise(widths):
-        layers += [nn.MaxPool2d(2), _conv_norm_relu(before, after), _Residual(after)]
+    first = _conv_norm(n_channels, widths[0], stride=first_stride)
+    layers: list[nn.Module] = [*first, nn.ReLU()]
+    for before, after in zip([widths[0], *widths], widths, strict=False):
+        layers.append(_Residual(before, after))
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], n_classes)]
     return nn.Sequential(*layers, *head)
 
 
 class _Residual(nn.Module):
-    def __init__(self, width: int):
+    """Two convolutions beside a shortcut; halves the map where the width changes."""
+
+    def __init__(self, before: int, after: int):
         super().__init__()
-        self.body = _conv_norm_relu(width, width)
+        stride = 1 if before == after else 2
+        first, second = _conv_norm(before, after, stride=stride), _conv_norm(after, after)
+        self.body = nn.Sequential(*first, nn.ReLU(), *second)
+        narrow = [nn.AvgPool2d(2, ceil_mode=True), *_conv_norm(before, after, kernel=1)]
+        self.shortcut = nn.Identity() if before == after else nn.Sequential(*narrow)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+        return (self.body(x) + self.shortcut(x)).relu()
 
 
-def _conv_norm_relu(before: int, after: int) -> nn.Sequential:
-    convolution = nn.Conv2d(before, after, 3, padding=1, bias=False)  # the norm brings a bias
-    return nn.Sequential(convolution, nn.BatchNorm2d(after), nn.ReLU(inplace=True))
+def _conv_norm(before: int, after: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+    convolution = nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False)
+    return [convolution, nn.BatchNorm2d(after)]  # the norm brings the bias
