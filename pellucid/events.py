@@ -25,14 +25,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 from .errors import CallbackError
-
-if TYPE_CHECKING:
-    from .learner import Learner
 
 TIMETABLE = """
 around_fit
@@ -74,9 +70,6 @@ around_fit
 CANCEL_MOMENTS = ("after_cancel_batch", "after_cancel_epoch", "after_cancel_fit")
 MOMENTS = (*dict.fromkeys(re.findall(r"(?:before|after)_\w+", TIMETABLE)), *CANCEL_MOMENTS)
 SPANS = tuple(dict.fromkeys(re.findall(r"around_\w+", TIMETABLE)))
-
-Handlers = dict[str, list[tuple["Callback", Callable[["Learner"], None]]]]
-Spans = dict[str, list[Callable[["Learner"], AbstractContextManager[Any]]]]
 
 _LOOKS_LIKE_A_MOMENT = re.compile(r"(before|after|around|on|begin|end)_|\w+_(start|end|begin)s?$")
 
@@ -145,6 +138,10 @@ def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
     Raises:
         CallbackError: something is no callback, or hears nothing.
     """
+    if not isinstance(callbacks, Iterable):
+        raise CallbackError(
+            "callbacks takes a list.", saw=repr(callbacks), do="callbacks=[Progress()]"
+        )
     callbacks = list(callbacks)
     for callback in callbacks:
         if not isinstance(callback, Callback):
@@ -163,28 +160,12 @@ def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
     return sorted(callbacks, key=lambda callback: callback.order)
 
 
-def bind(callbacks: Iterable[Callback]) -> tuple[Handlers, Spans]:
-    """Look up who hears what: for each moment and each span, the methods in the order of acting."""
-    handlers: Handlers = {moment: [] for moment in MOMENTS}
-    spans: Spans = {span: [] for span in SPANS}
-    for callback in in_order(callbacks):
-        for name in heard(callback):
-            method = getattr(callback, name)
-            if name in handlers:
-                handlers[name].append((callback, method))
-            else:
-                spans[name].append(
-                    contextmanager(method) if inspect.isgeneratorfunction(method) else method
-                )
-    return handlers, spans
-
-
 def _check_handler(owner: str, name: str, method: Any) -> None:
     known = (*MOMENTS, *SPANS)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
         if near or _LOOKS_LIKE_A_MOMENT.match(name):
-            nearest = near or difflib.get_close_matches(name, known, n=1, cutoff=0)
+            nearest = near or difflib.get_close_matches(_translated(name), known, n=1, cutoff=0)
             raise CallbackError(
                 f"{owner}.{name} looks like a moment of the timetable, but there is none of that "
                 "name, so it would never be called.",
@@ -199,3 +180,10 @@ def _check_handler(owner: str, name: str, method: Any) -> None:
             saw=f"def {name}{inspect.signature(method)}",
             do=f"write def {name}(self, learn).",
         ) from None
+
+
+def _translated(name: str) -> str:
+    """Say a moment of other libraries, `on_epoch_end` or `begin_fit`, as ours would be said."""
+    when = "after" if re.search("end|after", name) else "before"
+    stretch = [word for word in ("batch", "epoch", "fit", "validate", "train") if word in name]
+    return f"{when}_{stretch[0] if stretch else name}"

@@ -7,7 +7,7 @@ run is done is a callback.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, AdamW, Optimizer
 
-from . import events, tree
+from . import tree
+from .binding import Around, bind
 from .data import DataLoaders, check_length, length
 from .device import choose_device
 from .errors import CallbackError, SetupError
-from .events import Callback, CancelBatch, CancelEpoch, CancelFit, CancelStep
+from .events import Callback, CancelBatch, CancelEpoch, CancelFit, CancelStep, in_order
 from .looks import predict, untouched, validate
 from .metrics import named
-from .optim import build_optimizer, check_trains, hyper_names, hyper_values
+from .optim import build_optimizer, check_trains, checked_lr, hyper_names, hyper_values
 from .record import Record
 from .slips import located
 from .tally import Tally
@@ -86,19 +87,22 @@ class Learner:
     ):
         if not isinstance(model, nn.Module):
             raise SetupError("The model must be a torch module.", saw=repr(model))
+        if isinstance(loss_func, type):
+            name = loss_func.__name__
+            raise SetupError("The loss is a class.", saw=name, do=f"make an instance: {name}().")
         self.device, self.device_reason = choose_device(device)
         self.model = model.to(self.device)
-        self.data = data if isinstance(data, DataLoaders) else DataLoaders(*data)
-        self.loss_func = loss_func or self.data.default_loss()
-        self.opt_func, self.lr = opt_func, lr
+        self.data = data if isinstance(data, DataLoaders) else DataLoaders.of_pair(data)
+        self.loss_func = self.data.default_loss() if loss_func is None else loss_func
+        self.opt_func, self.lr = opt_func, checked_lr(lr)
         self.opt: Any = None
-        self.metrics, self.callbacks = named(metrics), events.in_order(callbacks)
+        self.metrics, self.callbacks = named(metrics), in_order(callbacks)
         self.record, self.recorded = Record(), ["lr"]
         self.tally = Tally({})
         self.epoch = self.n_epochs = self.batch_index = self.step = 0
         self.n_batches: int | None = None
         self.progress, self.training = 0.0, False
-        self.handlers, self.spans = events.bind(())
+        self.handlers, self.spans = bind(())
         self.x = self.y = self.preds = self.loss = None
 
     # ── the loop ──────────────────────────────────────────────────────────────────────────────
@@ -121,6 +125,7 @@ class Learner:
             DataError: a loader gives no batches, or not as many as it says.
         """
         with self._fitting(epochs, lr, callbacks):
+            self.fire("before_fit")
             for self.epoch in range(epochs):
                 with self.around("around_epoch"):
                     self.fire("before_epoch")
@@ -136,8 +141,8 @@ class Learner:
     def one_pass(self, kind: str, loader: Iterable[Any]) -> dict[str, float]:
         """Go once through a loader, to "train" or to "validate", and return what came of it."""
         self._begin_pass(kind, loader)
-        self.fire(f"before_{kind}")
         try:
+            self.fire(f"before_{kind}")
             for self.batch_index, batch in enumerate(loader):
                 try:
                     with self.around("around_batch"):
@@ -164,7 +169,8 @@ class Learner:
                 except CancelBatch:
                     self.fire("after_cancel_batch")
                 else:
-                    self._note_batch()
+                    n_items = tree.n_items(self.x)
+                    self.tally.add(self.loss, self.preds, self.y, n_items, self._row())
                 self.fire("after_batch")
                 self.x = self.y = self.preds = self.loss = None
             check_length(self.batch_index + 1, self.n_batches, kind)
@@ -231,14 +237,9 @@ class Learner:
                     do="return nothing; assign attributes of `learn`, or raise a Cancel exception.",
                 )
 
-    def around(self, span: str) -> AbstractContextManager[Any]:
-        """Enter everyone's part of a span; the exit unwinds them in reverse."""
-        if not self.spans[span]:
-            return _NOTHING
-        with ExitStack() as stack:
-            for enter in self.spans[span]:
-                stack.enter_context(enter(self))
-            return stack.pop_all()
+    def around(self, span: str) -> AbstractContextManager[None]:
+        """Return everyone's part of a span as one context manager."""
+        return Around(span, self) if self.spans[span] else _NOTHING
 
     @contextmanager
     def _fitting(
@@ -247,15 +248,15 @@ class Learner:
         """Prepare a fit, and undo on every way out what only the fit needs."""
         if any(self.handlers.values()):
             raise SetupError("A fit of this learner is running already.")
-        if not isinstance(epochs, int) or epochs < 0:
+        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
             raise SetupError("epochs must be a whole number, 0 or more.", saw=repr(epochs))
         self._prepare_optimizer(lr)
-        self.n_epochs, self.recorded = epochs, ["lr"]
-        self.handlers, self.spans = events.bind(self._with_progress(callbacks))
+        self.epoch, self.n_epochs, self.batch_index, self.n_batches = 0, epochs, 0, None
+        self.progress, self.tally, self.recorded = 0.0, Tally({}), ["lr"]
+        self.handlers, self.spans = bind(self._with_progress(callbacks))
         try:
             with located(self), self.around("around_fit"):
                 try:
-                    self.fire("before_fit")
                     yield
                 except CancelFit:
                     self.tally.read()
@@ -265,19 +266,20 @@ class Learner:
         finally:
             with suppress(Exception):  # after an error, what was not read yet still goes on record
                 self.tally.read()
+            self.opt.zero_grad()  # what was gathered for a step that did not come
             self.model.eval()
-            self.handlers, self.spans = events.bind(())
+            self.handlers, self.spans = bind(())
             self.training = False
             self.x = self.y = self.preds = self.loss = None
 
     def _with_progress(self, callbacks: Iterable[Callback]) -> list[Callback]:
         """Join the learner's callbacks, the fit's, and the table if none of them shows progress."""
-        joined = events.in_order([*self.callbacks, *callbacks])
+        joined = in_order([*self.callbacks, *callbacks])
         if any(callback.shows_progress for callback in joined):
             return joined
         from .callbacks.progress import Progress
 
-        return events.in_order([*joined, Progress()])
+        return in_order([*joined, Progress()])
 
     def _prepare_optimizer(self, lr: float | None) -> None:
         self.model.to(self.device)
@@ -285,7 +287,7 @@ class Learner:
             self.reset_optimizer()
         check_trains(self.opt, self.model)
         if lr is not None:
-            self.lr = lr
+            self.lr = checked_lr(lr)
             for group in self.opt.param_groups:
                 group["lr"] = lr
 
@@ -317,9 +319,8 @@ class Learner:
         n = self.n_batches or 1  # where the number is unknown, whole epochs count
         return (self.epoch * n + min(n_done, n)) / (self.n_epochs * n)
 
-    def _note_batch(self) -> None:
-        row = (self.batch_index, *hyper_values(self.opt, self.recorded)) if self.training else ()
-        self.tally.add(self.loss, self.preds, self.y, tree.n_items(self.x), row)
+    def _row(self) -> tuple[float, ...]:
+        return (self.batch_index, *hyper_values(self.opt, self.recorded)) if self.training else ()
 
     # ── looks: what they do is undone ─────────────────────────────────────────────────────────
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import events, tree
-from .data import ArrayDataset, Loader
+from . import tree
+from .binding import bind
+from .data import ArrayDataset, Loader, preserved_order
 from .errors import SetupError
 from .events import Callback, CancelBatch
 from .record import Record
 from .slips import located
-from .snapshot import preserved, preserved_modes, preserved_random_state
+from .snapshot import (
+    preserved,
+    preserved_buffers,
+    preserved_modes,
+    preserved_random_state,
+)
 
 if TYPE_CHECKING:
     from .learner import Learner
@@ -30,9 +36,9 @@ def untouched(learn: Learner) -> Generator[None]:
     Model, optimiser, random state, record, the learner's attributes and the order of its `Loader`s
     are what they were. Costs a copy of the model and of the optimiser's state.
     """
-    orders = learn.data.preserved_order()
+    orders = preserved_order(learn.data.train, learn.data.valid)
     with _attributes_kept(learn), preserved(learn.model, learn.opt), orders:
-        learn.handlers, learn.spans = events.bind(())  # within a fit, another may run
+        learn.handlers, learn.spans = bind(())  # within a fit, another may run
         yield
 
 
@@ -41,7 +47,7 @@ def validate(learn: Learner, loader: Iterable[Any] | None) -> dict[str, float]:
     loader = learn.data.valid if loader is None else loader
     if loader is None:
         raise SetupError("There are no validation data.", do="learn.validate(loader)")
-    with _looking(learn), torch.no_grad():
+    with _looking(learn, loader), torch.no_grad():
         results = learn.one_pass("validate", loader)
     return {name.removeprefix("valid/"): value for name, value in results.items()}
 
@@ -51,7 +57,7 @@ def predict(learn: Learner, items: Tensor | np.ndarray | Iterable[Any]) -> Any:
     if isinstance(items, (Tensor, np.ndarray)):
         items = Loader(ArrayDataset(items), learn.data.batch_size or 64)
     keep = _KeepPredictions()
-    with _looking(learn, keep), torch.no_grad():
+    with _looking(learn, items, keep), torch.no_grad():
         learn.one_pass("validate", items)
     return tree.join(keep.found)
 
@@ -74,17 +80,23 @@ class _KeepPredictions(Callback):
 
 
 @contextmanager
-def _looking(learn: Learner, *callbacks: Callback) -> Generator[None]:
-    """Let a block run passes without training, and put back all that these can disturb.
+def _looking(learn: Learner, loader: Any, *callbacks: Callback) -> Generator[None]:
+    """Let a block go through a loader without training, and put back all that it can disturb.
 
-    Callbacks that change the course act (a prediction must go the way that training went), those
-    that only watch do not.
+    Of the learner's callbacks, copies of those that change the course act (a prediction must go the
+    way that training went); those that only watch do not.
     """
-    acting = [callback for callback in learn.callbacks if callback.changes]
-    with _attributes_kept(learn), preserved_modes(learn.model), preserved_random_state():
-        learn.handlers, learn.spans = events.bind([*acting, *callbacks])
-        with located(learn):
-            yield
+    acting = copies(learn, [callback for callback in learn.callbacks if callback.changes])
+    with ExitStack() as stack:
+        stack.enter_context(_attributes_kept(learn))
+        stack.enter_context(preserved_buffers(learn.model))
+        stack.enter_context(preserved_modes(learn.model))
+        stack.enter_context(preserved_random_state())
+        stack.enter_context(preserved_order(loader))
+        stack.enter_context(located(learn))
+        learn.handlers, learn.spans = bind([*acting, *callbacks])
+        learn.n_epochs, learn.batch_index, learn.n_batches = 0, -1, None
+        yield
 
 
 @contextmanager

@@ -95,6 +95,10 @@ def named(metrics: Iterable[Any]) -> dict[str, Any]:
     Raises:
         SetupError: something is no metric, or two share a name.
     """
+    if isinstance(metrics, str):
+        metrics = [metrics]
+    if not isinstance(metrics, Iterable):
+        raise SetupError("metrics takes a list.", saw=repr(metrics), do="metrics=[accuracy]")
     found: dict[str, Any] = {}
     for metric in metrics:
         name = _name_of(metric)

@@ -1,11 +1,12 @@
 """Building optimisers, and reading and setting their hyper-parameters by name."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import SetupError, UnknownName, did_you_mean
@@ -25,11 +26,20 @@ def build_optimizer(opt_func: Callable[..., Optimizer], model: nn.Module, lr: fl
     """
     params = [param for param in model.parameters() if param.requires_grad]
     if not params:
+        frozen = sum(1 for _ in model.parameters())
         raise SetupError(
             "The model has no parameters to train.",
+            saw=f"{frozen} parameters, all frozen" if frozen else "no parameters at all",
             do="give a model with parameters, at least one of them with requires_grad.",
         )
-    optimizer = _fastest(opt_func, params, lr)
+    try:
+        optimizer = _fastest(opt_func, params, lr)
+    except TypeError as error:
+        raise SetupError(
+            "opt_func cannot be called as opt_func(params, lr=lr).",
+            saw=str(error),
+            do="pass a class such as torch.optim.SGD, or a function (params, lr) -> Optimizer.",
+        ) from error
     if not isinstance(optimizer, Optimizer):
         raise SetupError(
             "opt_func must return a torch optimiser.",
@@ -49,6 +59,13 @@ def _fastest(opt_func: Callable[..., Optimizer], params: list[nn.Parameter], lr:
             except (RuntimeError, TypeError, ValueError):
                 continue  # not for these parameters; if more is wrong, the plain form says it
     return opt_func(params, lr=lr)
+
+
+def checked_lr(lr: float) -> float:
+    """Return a learning rate that is one: a finite number, 0 or more; else raise SetupError."""
+    if not isinstance(lr, (int, float, Tensor)) or not 0 <= lr < math.inf:
+        raise SetupError("A learning rate must be a finite number, 0 or more.", saw=repr(lr))
+    return lr
 
 
 def hyper(group: dict[str, Any], name: str) -> float:

@@ -21,7 +21,8 @@ def words(seed: int, epoch: int, n: int) -> np.ndarray:
     Returns:
         Array (n,) of uint64.
     """
-    return np.random.Philox(key=[seed & _MASK, epoch & _MASK]).random_raw(n)
+    key = np.array([seed & _MASK, epoch & _MASK], dtype=np.uint64)
+    return np.random.Philox(key=key).random_raw(n)
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:

@@ -75,11 +75,7 @@ class Table:
     def column(self, name: str) -> array:
         """Return a column itself, to read; raises UnknownName if there is none of that name."""
         if name not in self._columns:
-            raise UnknownName(
-                f"The record has no column {name!r}.",
-                saw=f"it has {', '.join(self._columns) or 'none yet'}",
-                do=did_you_mean(name, self._columns) if self._columns else "train first.",
-            )
+            raise _unknown(name, list(self))
         return self._columns[name]
 
     @overload
@@ -125,8 +121,9 @@ class Record:
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return a column by batch, or, for what is known by epoch alone, by epoch."""
-        table = self.epochs if name in self.epochs and name not in self.batches else self.batches
-        return table[name]
+        if name not in self.batches and name not in self.epochs:
+            raise _unknown(name, list(dict.fromkeys([*self.batches, *self.epochs])))
+        return self.batches[name] if name in self.batches else self.epochs[name]
 
     def save(self, path: str | Path) -> Path:
         """Write the record as JSON and return the path; NaN and infinities are kept."""
@@ -154,13 +151,13 @@ class Record:
             plain = json.loads(path.read_text())
             if plain["format"] != _FORMAT:
                 raise ValueError(plain["format"])
-        except (ValueError, KeyError, TypeError):
+            record = cls()
+            for name in ("batches", "epochs"):
+                columns = {key: array("d", values) for key, values in plain[name].items()}
+                [n] = {len(column) for column in columns.values()} or {0}
+                getattr(record, name).extend(columns, n)
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError("This file is no record of pellucid's.", saw=str(path)) from None
-        record = cls()
-        for name in ("batches", "epochs"):
-            columns = plain[name]
-            n = len(next(iter(columns.values()), []))
-            getattr(record, name).extend(columns, n)
         return record
 
     def plot_loss(self) -> Figure:
@@ -185,3 +182,11 @@ class Record:
         epochs, batches = len(self.epochs), len(self.batches)
         ends = [f"{name} {self.epochs.last(name):.4g}" for name in self.epochs if name != "seconds"]
         return f"Record({epochs} epochs, {batches} batches{''.join(f', {end}' for end in ends)})"
+
+
+def _unknown(name: str, columns: list[str]) -> UnknownName:
+    return UnknownName(
+        f"The record has no column {name!r}.",
+        saw=f"it has {', '.join(columns) or 'none yet'}",
+        do=did_you_mean(name, columns) if columns else "train first.",
+    )

@@ -32,6 +32,8 @@ class Curve:
 
     def __repr__(self) -> str:
         name = getattr(self.formula, "__name__", "curve").strip("_")
+        if self.formula is _constant:
+            return f"{name}({self.start:g})"
         return f"{name}({self.start:g}, {self.end:g})"
 
 

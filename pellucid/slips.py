@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .errors import CallbackError, three_parts
+from .errors import CallbackError, NonFiniteLoss, three_parts
 from .events import Cancel
 from .tree import describe, leaves
 
@@ -29,8 +29,12 @@ _ADVICE = [
         "the first convolution's in_channels must be the images' second dimension.",
     ),
     (
-        r"Input type \(unsigned char|not implemented for 'Byte'|[Ee]xpected .*(Byte|unsigned char)"
-        r"|dtype.*unsigned char",
+        r"expected target dtype",
+        "cross entropy wants int64 for classes: targets.long().",
+    ),
+    (
+        r"Input type \(unsigned char|not implemented for 'Byte'|but got Byte|dtype.*unsigned char"
+        r"|[Ee]xpected .*(Byte|unsigned char)",
         "the inputs are uint8; let the data carry a transform, for instance "
         "transforms=[Normalize.of(train_images)].",
     ),
@@ -46,6 +50,14 @@ _ADVICE = [
     (
         r"grad can be implicitly created only for scalar",
         "the loss must be one number, the mean over the batch; set its reduction to 'mean'.",
+    ),
+    (
+        r"'(float|int|NoneType)' object has no attribute '(backward|detach)'",
+        "the loss must return a 0-d tensor, the mean over the batch.",
+    ),
+    (
+        r"argument 'input' .* must be Tensor, not numpy",
+        "the batches hold numpy arrays; use DataLoaders.from_arrays, or make tensors of them.",
     ),
     (
         r"does not require grad and does not have a grad_fn",
@@ -91,16 +103,27 @@ def located(learn: Learner) -> Generator[None]:
             saw="; ".join(getattr(stray, "__notes__", [])),
             do="pellucid/events.py says which Cancel can be raised in which moment.",
         ) from None
+    except NonFiniteLoss:  # says itself where it was, which is not where it was read
+        raise
     except Exception as error:
-        part = "training" if learn.training else "validation"
-        place = (
-            f"in {part}, epoch {learn.epoch} of {learn.n_epochs}, batch {learn.batch_index} of "
-            f"{learn.n_batches or '?'} (both counted from 0)"
-        )
         tensors = {"x": learn.x, "y": learn.y, "preds": learn.preds}
         saw = [f"{name} {describe(value)}" for name, value in tensors.items() if value is not None]
-        error.add_note(three_parts(place, ", ".join(saw), advice(error, learn.y, learn.preds)))
+        error.add_note(
+            three_parts(_place(learn), ", ".join(saw), advice(error, learn.y, learn.preds))
+        )
         raise
+
+
+def _place(learn: Learner) -> str:
+    part = "training" if learn.training else "validation"
+    if learn.n_batches is None and learn.batch_index <= 0 and learn.x is None:
+        return "at the start of the fit"
+    batch = f"batch {learn.batch_index} of {learn.n_batches or '?'}"
+    if not learn.n_epochs:
+        return f"in {part}, {batch} (counted from 0)"
+    if learn.batch_index < 0:
+        return f"in {part}, epoch {learn.epoch} of {learn.n_epochs} (counted from 0), at its start"
+    return f"in {part}, epoch {learn.epoch} of {learn.n_epochs}, {batch} (both counted from 0)"
 
 
 def advice(error: Exception, targets: Any, preds: Any) -> str:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -19,26 +19,50 @@ def preserved(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) 
     numpy, torch and its GPUs. Parameters and buffers keep their identity (they are copied back
     in place), so whatever holds them stays valid. Costs one copy of each.
     """
-    with preserved_modes(model), preserved_random_state():
-        tensors = [*model.parameters(), *model.buffers()]
-        copies = [tensor.detach().clone() for tensor in tensors]
-        gradients = [tensor.grad for tensor in tensors]
-        gradient_copies = [None if grad is None else grad.clone() for grad in gradients]
-        trainable = [tensor.requires_grad for tensor in tensors]
+    with preserved_modes(model), preserved_random_state(), preserved_buffers(model):
+        params = list(model.parameters())
+        copies = [param.detach().clone() for param in params]
+        gradients = [(param.grad, _clone(param.grad)) for param in params]
+        trainable = [param.requires_grad for param in params]
         restore_optimizer = _optimizer_copy(optimizer) if optimizer else None
         try:
             yield
         finally:
             with torch.no_grad():
-                for tensor, saved in zip(tensors, copies, strict=True):
-                    tensor.copy_(saved)
-                for tensor, grad, saved in zip(tensors, gradients, gradient_copies, strict=True):
-                    tensor.grad = grad if saved is None or grad is None else grad.copy_(saved)
-            for tensor, flag in zip(tensors, trainable, strict=True):
-                if tensor.is_leaf:
-                    tensor.requires_grad_(flag)
+                for param, saved in zip(params, copies, strict=True):
+                    _refilled(param, saved)
+                for param, (grad, saved) in zip(params, gradients, strict=True):
+                    param.grad = _refilled(grad, saved)
+            for param, flag in zip(params, trainable, strict=True):
+                param.requires_grad_(flag)
             if restore_optimizer:
                 restore_optimizer()
+
+
+@contextmanager
+def preserved_buffers(model: nn.Module) -> Generator[None]:
+    """Restore each buffer on the way out: the same tensor under the same name, the same values."""
+    saved = [
+        (module, name, buffer, _clone(buffer))
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, values in saved:
+                module._buffers[name] = _refilled(buffer, values)
+
+
+def _clone(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+def _refilled(tensor: Tensor | None, values: Tensor | None) -> Tensor | None:
+    if tensor is not None and values is not None:
+        tensor.data.copy_(values)  # by .data: a graph that waits for its backward stays valid
+    return tensor
 
 
 def _optimizer_copy(optimizer: torch.optim.Optimizer) -> Callable[[], None]:

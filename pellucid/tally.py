@@ -72,11 +72,20 @@ class Tally:
         self._rows.append(row)
         if self._functions or self._objects:
             preds = preds.detach() if isinstance(preds, Tensor) else map_leaves(_detached, preds)
-            for metric in self._functions.values():
-                value = metric(preds, targets)
-                self._waiting.append(value if isinstance(value, Tensor) else loss.new_tensor(value))
-            for metric in self._objects.values():
-                metric.update(preds, targets)
+            measuring = ""
+            try:
+                for name, metric in self._functions.items():
+                    measuring = name
+                    value = metric(preds, targets)
+                    value = value if isinstance(value, Tensor) else loss.new_tensor(value)
+                    self._waiting.append(value if value.ndim == 0 else value.reshape(()))
+                for name, metric in self._objects.items():
+                    measuring = name
+                    metric.update(preds, targets)
+            except Exception as error:
+                note = f"raised in the metric {measuring!r}, which gives one number a batch"
+                error.add_note(note)
+                raise
         if len(self._waiting) >= _CHUNK:
             self._chunks.append(torch.stack(self._waiting))
             self._waiting = []

@@ -40,12 +40,17 @@ def to_device(tree: Any, device: torch.device) -> Any:
 
 
 def join(trees: list[Any]) -> Any:
-    """Join batches of one structure along the first dimension of each tensor."""
+    """Join batches of one structure along the first dimension of each tensor.
+
+    Numbers without dimensions, one a batch, become a tensor (batches,).
+    """
+    kind = type(trees[0])
     if isinstance(trees[0], dict):
-        return {key: join([tree[key] for tree in trees]) for key in trees[0]}
+        return kind({key: join([tree[key] for tree in trees]) for key in trees[0]})
     if isinstance(trees[0], (tuple, list)):
-        return tuple(join(list(parts)) for parts in zip(*trees, strict=True))
-    return torch.cat(trees)
+        parts = [join(list(part)) for part in zip(*trees, strict=True)]
+        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
+    return torch.cat(trees) if trees[0].ndim else torch.stack(trees)
 
 
 def n_items(tree: Any) -> int:

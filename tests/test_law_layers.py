@@ -19,7 +19,7 @@ LAYERS = {
     "ground": "errors tree device randomness stats plots record snapshot checkpoint",
     "parts": "foundations nn init losses metrics schedules optim hooks tally distributed data "
     "vision diagnosis",
-    "loop": "events slips looks learner",
+    "loop": "events binding slips looks learner",
     "callbacks": "callbacks",
     "edge": "report cli __main__",
 }

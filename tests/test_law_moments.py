@@ -136,7 +136,8 @@ class Loud(Learner):
         super().take_step()
 
     def zero_grad(self):
-        self.recorder.seen.append("zero_grad")
+        if "-around_fit" not in self.recorder.seen:  # what is tidied up later is no part of the fit
+            self.recorder.seen.append("zero_grad")
         super().zero_grad()
 
 
@@ -193,7 +194,7 @@ def test_validating_alone_runs_the_validation_part_of_the_timetable(quiet):
 
 IN_BATCH = ["before_batch", "after_predict", "after_loss"]
 IN_STEP = ["after_backward", "after_step"]
-ANYWHERE = ["before_fit", "before_epoch", "before_train", *IN_BATCH, *IN_STEP, "after_batch",
+ANYWHERE = ["before_epoch", "before_train", *IN_BATCH, *IN_STEP, "after_batch",
             "after_train", "before_validate", "after_validate", "after_epoch"]  # fmt: skip
 
 
@@ -270,11 +271,10 @@ def test_cancel_epoch_before_the_first_batch_leaves_the_whole_pass(part):
     ]
 
 
-@pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize("moment", ANYWHERE)
+@pytest.mark.parametrize(
+    "moment, n", [("before_fit", 1), *((moment, n) for moment in ANYWHERE for n in (1, 2))]
+)
 def test_cancel_fit_leaves_the_fit(moment, n):
-    if moment == "before_fit" and n == 2:
-        pytest.skip("it comes once")
     seen, _ = seen_with(moment, CancelFit, n)
     done, _ = cut(moment, n, "around_epoch")
     assert without_zeroing(seen) == [*done, "after_cancel_fit", "after_fit", "-around_fit"]

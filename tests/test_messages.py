@@ -574,10 +574,17 @@ def test_an_error_of_a_metric_says_which(wrong):
     assert "top_five" in "\n".join([str(error), *error.__notes__])
 
 
-@pytest.mark.parametrize("model", [nn.ReLU(), nn.Linear(6, 3).requires_grad_(False)])
-def test_a_model_with_nothing_to_train(model):
+@pytest.mark.parametrize(
+    ("model", "saw"),
+    [
+        (nn.ReLU(), "no parameters at all"),
+        (nn.Linear(6, 3).requires_grad_(False), "2 parameters, all frozen"),
+    ],
+)
+def test_a_model_with_nothing_to_train(model, saw):
     assert str(slip(SetupError, learner(model).fit, 1)) == (
         "The model has no parameters to train.\n"
+        f"  saw: {saw}\n"
         "  do:  give a model with parameters, at least one of them with requires_grad."
     )
 

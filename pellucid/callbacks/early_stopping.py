@@ -1,5 +1,6 @@
 """Stop when a number no longer gets better."""
 
+from ..errors import SetupError
 from ..events import Callback, CancelFit
 from ..learner import Learner
 
@@ -18,6 +19,11 @@ class EarlyStopping(Callback):
     changes = True
 
     def __init__(self, monitor: str = "valid/loss", patience: int = 3, min_delta: float = 0.0):
+        if patience < 1 or min_delta < 0:
+            raise SetupError(
+                "EarlyStopping needs patience of 1 or more and min_delta of 0 or more.",
+                saw=f"patience={patience}, min_delta={min_delta}",
+            )
         self.monitor, self.patience, self.min_delta = monitor, patience, min_delta
 
     def before_fit(self, learn: Learner) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
+from html import escape
 from time import perf_counter
 from typing import Protocol
 
@@ -212,6 +213,6 @@ class _Notebook:
         self._handle.update(self._html(self._page()))
 
     def _page(self) -> str:
-        head = "".join(f"<th>{head}</th>" for head in self._heads)
+        head = "".join(f"<th>{escape(head)}</th>" for head in self._heads)
         body = "".join(f"<tr>{''.join(f'<td>{c}</td>' for c in row)}</tr>" for row in self._rows)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{self._line}"

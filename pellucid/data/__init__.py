@@ -2,7 +2,7 @@
 
 from .dataloaders import DataLoaders
 from .datasets import ArrayDataset
-from .loader import Loader, check_length, first, length
+from .loader import Loader, check_length, first, length, preserved_order
 from .named import digits, fashion_mnist, mnist
 from .transforms import Normalize, Reshape
 
@@ -18,4 +18,5 @@ __all__ = [
     "first",
     "length",
     "mnist",
+    "preserved_order",
 ]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +51,23 @@ class DataLoaders:
         self.n_inputs, self.transforms = n_inputs, list(transforms)
 
     @classmethod
+    def of_pair(cls, pair: Any) -> DataLoaders:
+        """Take a pair (train, valid) of iterables of batches, and refuse what only looks like one.
+
+        Raises:
+            SetupError: arrays, a single loader, or anything else that is no pair of loaders.
+        """
+        two = isinstance(pair, (tuple, list)) and len(pair) == 2
+        if not two or any(isinstance(part, (Tensor, np.ndarray)) for part in pair):
+            raise SetupError(
+                "The data must be DataLoaders or a pair of loaders, (train, valid).",
+                saw=_brief(pair),
+                do="DataLoaders(loader), DataLoaders(train, valid), or for arrays "
+                "DataLoaders.from_arrays((x, y), (x_valid, y_valid)).",
+            )
+        return cls(*pair)
+
+    @classmethod
     def from_arrays(
         cls,
         train: Sequence[Array],
@@ -78,7 +94,7 @@ class DataLoaders:
         """
         sets = [ArrayDataset(*arrays) for arrays in (train, valid) if arrays is not None]
         inputs, targets = sets[0].arrays[0], [dataset.arrays[-1] for dataset in sets]
-        if classes is None and _are_labels(targets[0]):
+        if classes is None and _are_labels(targets[0]) and len(targets[0]):
             classes = int(targets[0].max()) + 1
         if classes is not None:
             n = classes if isinstance(classes, int) else len(classes)
@@ -131,23 +147,22 @@ class DataLoaders:
             do="Learner(..., loss_func=torch.nn.functional.cross_entropy), or another.",
         )
 
-    @contextmanager
-    def preserved_order(self) -> Generator[None]:
-        """Put each `Loader`'s epoch back on the way out."""
-        loaders = [loader for loader in (self.train, self.valid) if isinstance(loader, Loader)]
-        epochs = [loader.epoch for loader in loaders]
-        try:
-            yield
-        finally:
-            for loader, epoch in zip(loaders, epochs, strict=True):
-                loader.epoch = epoch
-
     def __repr__(self) -> str:
-        names = {"train": self.train, "valid": self.valid, "transforms": self.transforms or None}
-        parts = [f"{name}={value!r}" for name, value in names.items() if value is not None]
+        loaders = {"train": self.train, "valid": self.valid}
+        parts = [f"{name}={_brief(part)}" for name, part in loaders.items() if part is not None]
+        if self.transforms:
+            parts.append(f"transforms={self.transforms}")
         if self.classes is not None:
             parts.append(f"{len(self.classes)} classes")
         return f"DataLoaders({', '.join(parts)})"
+
+
+def _brief(loader: Any) -> str:
+    """Describe a loader in a few words; a list of batches does not print its tensors."""
+    if isinstance(loader, (list, tuple)):
+        what = f"{type(loader).__name__} of {len(loader)}"
+        return f"{what}, first {describe(loader[0])}" if loader else what
+    return describe(loader) if isinstance(loader, Tensor) else repr(loader)
 
 
 def _are_labels(targets: Tensor) -> bool:

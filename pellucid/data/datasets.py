@@ -30,7 +30,8 @@ class ArrayDataset:
 
     def __init__(self, *arrays: Tensor | np.ndarray):
         self.arrays = tuple(torch.as_tensor(array) for array in arrays)
-        if not arrays or len({array.shape[:1] for array in self.arrays}) != 1:
+        lengths = {array.shape[:1] for array in self.arrays}
+        if len(lengths) != 1 or () in lengths:
             raise DataError(
                 "The arrays of a data set must have the same number of items.",
                 saw=describe(self.arrays),

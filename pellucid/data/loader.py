@@ -1,11 +1,12 @@
 """The Loader: whole batches by index, in an order that depends on seed and epoch alone."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from ..errors import DataError, SetupError
 from ..randomness import permutation
@@ -71,8 +72,8 @@ class Loader:
             return iter(())
         if hasattr(self.dataset, "batches"):
             return self.dataset.batches(order, size)
-        chunks = (chunk.tolist() for chunk in order.split(size))
-        return (default_collate([self.dataset[i] for i in chunk]) for chunk in chunks)
+        item = self.dataset.__getitem__  # by map: no frames of ours above an error in a data set
+        return (default_collate(list(map(item, c.tolist()))) for c in order.split(size))
 
     def order(self, epoch: int) -> torch.Tensor:
         """Return the order of the items in one epoch, an int64 tensor (n,)."""
@@ -94,6 +95,27 @@ def first(loader: Iterable[Any]) -> Any:
     if isinstance(loader, Loader):
         return next(loader.batches(loader.epoch))
     return next(iter(loader))
+
+
+@contextmanager
+def preserved_order(*loaders: Any) -> Generator[None]:
+    """Put back on the way out what decides the order of the next pass.
+
+    That is the epoch of a `Loader`, and the generators of a torch DataLoader and its sampler. Of
+    any other iterable nothing is known.
+    """
+    epochs = [(loader, loader.epoch) for loader in loaders if isinstance(loader, Loader)]
+    holders = [loader for loader in loaders if isinstance(loader, DataLoader)]
+    holders += [loader.sampler for loader in holders]
+    generators = [getattr(holder, "generator", None) for holder in holders]
+    states = [(generator, generator.get_state()) for generator in generators if generator]
+    try:
+        yield
+    finally:
+        for loader, epoch in epochs:
+            loader.epoch = epoch
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def length(loader: Iterable[Any]) -> int | None:

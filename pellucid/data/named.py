@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -75,11 +76,11 @@ def mnist(
         DataNotFound: the files are nowhere and cannot be downloaded.
         DataError: a file is broken.
     """
-    train, test = _load("mnist", path, (), _MNIST_URL, _MNIST_SHA256)
     if split not in ("official", "course"):
         raise UnknownName(
             f"MNIST has no split {split!r}.", do=did_you_mean(split, ("official", "course"))
         )
+    train, test = _load("mnist", path, (), _MNIST_URL, _MNIST_SHA256)
     if split == "course":
         train, test = [a[:50_000] for a in train], [a[50_000:] for a in train]
     return DataLoaders.from_arrays(train, test, batch_size=batch_size, classes=10, seed=seed)
@@ -137,7 +138,7 @@ def read_idx(path: Path) -> np.ndarray:
         shape = np.frombuffer(content, ">u4", count=content[3], offset=4).astype(int)
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))
         return values.reshape(shape).copy()
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise DataError(
             f"The file {path} is broken.", saw=str(error), do="remove it, and fetch it again."
         ) from None
@@ -163,10 +164,10 @@ def _find(
     data, cache = os.environ.get("PELLUCID_DATA"), cache_folder() / name
     folders = [Path(path)] if path else [*([Path(data) / name] if data else []), cache, *system]
     for folder in folders:
-        found = [next(folder.glob(f"{file}*"), None) for file in _FILES]
-        files = [file for file in found if file is not None]
-        if len(files) == len(_FILES):
-            return files
+        pairs = [(folder / file, folder / f"{file}.gz") for file in _FILES]
+        found = [next((file for file in pair if file.is_file()), None) for pair in pairs]
+        if None not in found:
+            return [file for file in found if file is not None]
     failure = "the folder given has not all four files"
     if path is None:
         try:
@@ -175,7 +176,9 @@ def _find(
                 for file, sha256 in zip(_FILES, sums, strict=True)
             ]
         except (OSError, ValueError) as error:
-            failure = f"the download failed: {str(error).splitlines()[0][:120]}"
+            failure = (
+                f"the download failed: {(str(error) or type(error).__name__).splitlines()[0][:120]}"
+            )
     ways = [
         "give the folder of its four files: path=...",
         f"put them into a folder {name} and set PELLUCID_DATA to the folder above it",

@@ -1,0 +1,83 @@
+"""Who hears what: the callbacks of a fit, looked up once before it begins."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from .errors import CallbackError
+from .events import MOMENTS, SPANS, Callback, heard, in_order
+
+if TYPE_CHECKING:
+    from .learner import Learner
+
+Handlers = dict[str, list[tuple[Callback, Callable[["Learner"], None]]]]
+Spans = dict[str, list[tuple[Callback, Callable[["Learner"], AbstractContextManager[Any]]]]]
+
+
+def bind(callbacks: Iterable[Callback]) -> tuple[Handlers, Spans]:
+    """Look up who hears what: for each moment and each span, the methods in the order of acting."""
+    handlers: Handlers = {moment: [] for moment in MOMENTS}
+    spans: Spans = {span: [] for span in SPANS}
+    for callback in in_order(callbacks):
+        for name in heard(callback):
+            method = getattr(callback, name)
+            if name in handlers:
+                handlers[name].append((callback, method))
+            else:
+                span = contextmanager(method) if inspect.isgeneratorfunction(method) else method
+                spans[name].append((callback, span))
+    return handlers, spans
+
+
+class Around:
+    """One stretch of a fit, wrapped by everyone's part of a span.
+
+    Parts are entered in order and left in reverse; an error in entering or leaving one is noted
+    as its owner's, an error of the stretch passes through them all.
+    """
+
+    def __init__(self, span: str, learn: Learner):
+        self._span, self._learn = span, learn
+        self._error: BaseException | None = None
+        self._leaving: Callback | None = None
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:  # if one cannot be entered, those before it are left
+            for callback, method in self._learn.spans[self._span]:
+                try:
+                    manager = method(self._learn)
+                    if not hasattr(manager, "__exit__"):
+                        raise _no_span(f"{type(callback).__name__}.{self._span} has no yield")
+                    stack.enter_context(manager)
+                except Exception as error:
+                    if str(error) == "generator didn't yield":  # as contextlib puts it
+                        raise _no_span(
+                            f"{type(callback).__name__}.{self._span} yielded nothing"
+                        ) from None
+                    error.add_note(f"raised on entering {self._span} of {callback!r}")
+                    raise
+                stack.push(partial(self._mark, callback))  # acts just before its part is left
+            self._entered = stack.pop_all()
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        self._error = raised[1]
+        try:
+            return self._entered.__exit__(*raised)
+        except Exception as error:
+            error.add_note(f"raised on leaving {self._span} of {self._leaving!r}")
+            raise
+
+    def _mark(
+        self, callback: Callback, kind: object, error: BaseException | None, _: object
+    ) -> None:
+        if error is self._error:  # no part that was left before has failed
+            self._leaving = callback
+
+
+def _no_span(saw: str) -> CallbackError:
+    what = "A callback's around_... method is no span."
+    return CallbackError(what, saw=saw, do="a span holds one yield, usually inside a with.")
