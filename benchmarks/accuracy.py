@@ -15,7 +15,9 @@ from tempfile import TemporaryDirectory
 import torch
 from measure import report, table
 from torch import nn
-from torch.optim import SGD
+from torch.nn import functional as F
+from torch.nn.utils import convert_conv2d_weight_memory_format
+from torch.optim import SGD, AdamW
 
 from pellucid import Learner, Record, seed_everything
 from pellucid.callbacks import Progress
@@ -44,6 +46,31 @@ def plain_cnn(lr: float, seed: int) -> float:
     return _fit(Learner(lesson_cnn(), data, opt_func=SGD, lr=lr, metrics=[accuracy]), 3)
 
 
+def best_cnn(seed: int) -> float:
+    """Train the best we know with 15,594 parameters, three epochs.
+
+    Convolutions 16, 20, 28, 28, each with batch norm and ReLU, a max-pool after the first two;
+    AdamW (weight decay 0.1, second beta 0.99), one cycle up to 0.02, batches of 128, label
+    smoothing 0.05. Chosen on the same split, on other runs with seed 0.
+    """
+    layers: list[nn.Module] = []
+    for before, after, pool in ((1, 16, True), (16, 20, True), (20, 28, False), (28, 28, False)):
+        layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after)]
+        layers += [nn.ReLU(), *([nn.MaxPool2d(2)] if pool else [])]
+    data = mnist(128, split="course", seed=seed)
+    seed_everything(seed)
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(28, 10))
+    learn = Learner(
+        convert_conv2d_weight_memory_format(model, torch.channels_last),
+        data,
+        partial(F.cross_entropy, label_smoothing=0.05),
+        partial(AdamW, weight_decay=0.1, betas=(0.95, 0.99)),
+        metrics=[accuracy],
+    )
+    record = learn.fit_one_cycle(3, 0.02, callbacks=[Progress("off")])
+    return record.epochs.last("valid/accuracy")
+
+
 def _fit(learn: Learner, epochs: int) -> float:
     return learn.fit(epochs, callbacks=[Progress("off")]).epochs.last("valid/accuracy")
 
@@ -61,6 +88,7 @@ ROWS: dict[str, tuple[Callable[[int], float], int]] = {
     "MNIST MLP 784-50-10, SGD 0.5, batch 64, 1 epoch": (mlp_one_epoch, 3),
     "MNIST CNN, plain, SGD 0.4, batch 512, 3 epochs": (partial(plain_cnn, 0.4), 5),
     "MNIST CNN, plain, SGD 0.6, batch 512, 3 epochs": (partial(plain_cnn, 0.6), 5),
+    "MNIST CNN, the best with 15,594 parameters, 3 epochs": (best_cnn, 5),
     "pellucid train fashion-mnist --epochs 5": (fashion_from_the_command_line, 2),
 }
 
