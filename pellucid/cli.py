@@ -80,6 +80,9 @@ def train(
         learn.fit_one_cycle(
             recipe.epochs if epochs is None else epochs, recipe.lr if lr is None else lr
         )
+    except KeyboardInterrupt:
+        print(f"interrupted in epoch {learn.epoch + 1} of {learn.n_epochs}; saving what there is")
+        raise
     finally:
         if len(learn.record.epochs):
             folder = _folder(out, source)

@@ -21,7 +21,7 @@ from . import tree
 from .binding import Around, bind
 from .data import DataLoaders, check_length, length
 from .device import choose_device
-from .errors import CallbackError, SetupError
+from .errors import CallbackError, DataNotFound, SetupError
 from .events import Callback, CancelBatch, CancelEpoch, CancelFit, CancelStep, in_order
 from .looks import predict, untouched, validate
 from .metrics import named
@@ -96,6 +96,7 @@ class Learner:
         self.loss_func = self.data.default_loss() if loss_func is None else loss_func
         self.opt_func, self.lr = opt_func, checked_lr(lr)
         self.opt: Any = None
+        self._offered: list[nn.Parameter] = []
         self.metrics, self.callbacks = named(metrics), in_order(callbacks)
         self.record, self.recorded = Record(), ["lr"]
         self.tally = Tally({})
@@ -287,14 +288,15 @@ class Learner:
         self.model.to(self.device)
         if self.opt is None:
             self.reset_optimizer()
-        check_trains(self.opt, self.model)
+        check_trains(self.opt, self.model, self._offered)
         if lr is not None:
             self.lr = checked_lr(lr)
             for group in self.opt.param_groups:
                 group["lr"] = lr
 
     def reset_optimizer(self) -> None:
-        """Make a new optimiser, without the old one's momentum."""
+        """Make a new optimiser for what is trainable now, without the old one's momentum."""
+        self._offered = [param for param in self.model.parameters() if param.requires_grad]
         self.opt = build_optimizer(self.opt_func, self.model, self.lr)
 
     def _begin_pass(self, kind: str, loader: Iterable[Any]) -> None:
@@ -382,9 +384,10 @@ class Learner:
         print(annotated_timetable(self._with_progress(callbacks)))
 
     def save(self, path: str | Path) -> Path:
-        """Write the model's weights as safetensors and return the path."""
+        """Write the model's weights, not the optimiser, as safetensors and return the path."""
         from safetensors.torch import save_model
 
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_model(self.model, str(path))
         return Path(path)
 
@@ -392,6 +395,8 @@ class Learner:
         """Read weights that `save` wrote, into a model of the same shape."""
         from safetensors.torch import load_model
 
+        if not Path(path).is_file():
+            raise DataNotFound("There are no saved weights.", saw=str(path))
         load_model(self.model, str(path), device=str(self.device))
 
     def __repr__(self) -> str:

@@ -113,15 +113,31 @@ def hyper_values(optimizer: Optimizer, names: Iterable[str]) -> list[float]:
     return [g[name] if name in g else hyper(g, name) for name in names for g in groups]
 
 
-def check_trains(optimizer: Optimizer, model: nn.Module) -> None:
-    """Refuse an optimiser that holds none of the model's parameters: nothing would be trained.
+def check_trains(optimizer: Optimizer, model: nn.Module, offered: Iterable[nn.Parameter]) -> None:
+    """Refuse an optimiser that would silently leave out what the model trains.
+
+    Args:
+        optimizer: may hold fewer parameters than it was offered; that was `opt_func`'s choice.
+        model: what is to be trained.
+        offered: the model's trainable parameters when the optimiser was made.
 
     Raises:
-        SetupError: as said; it happens when a learner's model is exchanged.
+        SetupError: the optimiser holds none of the model's parameters, or a parameter became
+            trainable since, by unfreezing or exchanging a layer.
     """
-    mine = {id(param) for param in model.parameters()}
-    if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    if held.isdisjoint(map(id, model.parameters())):
         raise SetupError(
             "The optimiser holds none of the model's parameters, so nothing would be trained.",
             do="call learn.reset_optimizer() after exchanging the model.",
+        )
+    known = held | set(map(id, offered))
+    trainable = [name for name, param in model.named_parameters() if param.requires_grad]
+    new = [name for name in trainable if id(model.get_parameter(name)) not in known]
+    if new:
+        raise SetupError(
+            "Parameters were unfrozen or exchanged since the optimiser was made, so it would not "
+            "train them.",
+            saw=", ".join(new[:4]) + (f" and {len(new) - 4} more" if len(new) > 4 else ""),
+            do="call learn.reset_optimizer() first.",
         )

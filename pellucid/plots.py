@@ -150,6 +150,7 @@ def _draw_loss(axes: Axes, batches: Table, epochs: Table) -> None:
         axes.plot(ends, epochs["valid/loss"], "o-", color=_ORANGE, label="valid")
     _limit_to_bulk(axes, losses)
     axes.set(title="loss", xlabel="batch")
+    axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False)
 
 
@@ -167,6 +168,7 @@ def _draw_columns(axes: Axes, columns: Mapping[str, Numbers], title: str) -> Non
     for colour, (name, values) in zip(_COLOURS * 9, columns.items(), strict=False):
         axes.plot(np.arange(1, len(values) + 1), values, color=colour, linewidth=1.8, label=name)
     axes.set(title=title.replace("_", " "), xlabel="batch")
+    axes.locator_params(axis="x", integer=True)
     if len(columns) > 1:
         axes.legend(frameon=False)
 

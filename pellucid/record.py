@@ -82,9 +82,13 @@ class Table:
     def __getitem__(self, key: str) -> np.ndarray: ...
     @overload
     def __getitem__(self, key: slice) -> Table: ...
-    def __getitem__(self, key: str | slice) -> np.ndarray | Table:
+    @overload
+    def __getitem__(self, key: int) -> dict[str, float]: ...
+    def __getitem__(self, key: str | slice | int) -> np.ndarray | Table | dict[str, float]:
         if isinstance(key, str):
             return np.array(self.column(key))
+        if isinstance(key, int):
+            return {name: column[key] for name, column in self._columns.items()}
         part = Table()
         part.extend(
             {name: column[key] for name, column in self._columns.items()},
@@ -106,7 +110,10 @@ class Table:
 
 
 class Record:
-    """What happened in the fits of one learner.
+    """What happened in the fits of one learner, in two tables.
+
+    `record["train/loss"]` is a column of the first table that has it. An epoch that was interrupted
+    leaves its batches, and the next one goes by the same number.
 
     Attributes:
         batches: a row for each training batch: "epoch" (counted over all fits), "train/loss",
@@ -121,6 +128,12 @@ class Record:
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return a column by batch, or, for what is known by epoch alone, by epoch."""
+        if not isinstance(name, str):
+            raise UnknownName(
+                "A record is asked for a column.",
+                saw=repr(name),
+                do='record["train/loss"][-100:], or record.epochs[-1] for a row.',
+            )
         if name not in self.batches and name not in self.epochs:
             raise _unknown(name, list(dict.fromkeys([*self.batches, *self.epochs])))
         return self.batches[name] if name in self.batches else self.epochs[name]

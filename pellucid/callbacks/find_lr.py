@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _SMOOTHING = 0.9
 """Weight of the past in the smoothed loss: a rate is judged by about ten batches."""
 
+_CLEAR_FALL = 0.05
+"""Share by which the smoothed loss must fall for a rate to be suggested."""
+
 
 @dataclass(frozen=True)
 class LRSearch:
@@ -32,7 +35,7 @@ class LRSearch:
         losses: array (n,), the training loss at each, before the step with it.
         smoothed: array (n,), the same, smoothed.
         suggestion: a rate for `fit_one_cycle`: where the smoothed loss falls steepest against the
-            logarithm of the rate; None where it never falls.
+            logarithm of the rate; None where it does not fall by a twentieth.
     """
 
     lrs: np.ndarray
@@ -120,7 +123,7 @@ def _acts_inside(callback: Callback) -> bool:
 
 def _suggest(lrs: np.ndarray, smoothed: np.ndarray) -> float | None:
     lowest = int(smoothed.argmin()) if len(smoothed) else 0
-    if lowest < 2:
+    if lowest < 2 or smoothed[lowest] > (1 - _CLEAR_FALL) * smoothed[:lowest].max():
         return None
     slopes = np.gradient(smoothed[: lowest + 1], np.log(lrs[: lowest + 1]))
     return float(lrs[slopes.argmin()]) if slopes.min() < 0 else None

@@ -13,7 +13,7 @@ from ..data import length
 from ..errors import SetupError
 from ..events import Callback
 from ..learner import Learner
-from ..optim import build_optimizer, has_momentum, hyper, hyper_names, set_hyper
+from ..optim import build_optimizer, checked_lr, has_momentum, hyper, hyper_names, set_hyper
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,7 +98,8 @@ class OneCycle(Callback):
         warmup: float = 0.25,
         momentum: tuple[float, float] = (0.95, 0.85),
     ):
-        self.lr, self.warmup, self.momentum = lr, warmup, momentum
+        self.lr = [checked_lr(rate) for rate in lr] if isinstance(lr, Sequence) else checked_lr(lr)
+        self.warmup, self.momentum = warmup, momentum
 
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..errors import DataError, SetupError
 from ..losses import mean_squared_error
 from ..tree import describe, split
 from .datasets import ArrayDataset
-from .loader import Loader, first
+from .loader import Loader, first, length
 from .transforms import Normalize
 
 Array = Tensor | np.ndarray
@@ -42,6 +43,15 @@ class DataLoaders:
         n_inputs: int = 1,
         transforms: Sequence[Transform] = (),
     ):
+        for part in (train, valid):
+            whole = isinstance(part, Dataset) and not isinstance(part, IterableDataset)
+            if whole or isinstance(part, (Tensor, np.ndarray)):
+                raise SetupError(
+                    "DataLoaders takes loaders, which give batches, not arrays or data sets.",
+                    saw=describe(part),
+                    do="DataLoaders(Loader(dataset, batch_size=64, shuffle=True)), or "
+                    "DataLoaders.from_arrays((x, y), (x_valid, y_valid)).",
+                )
         if n_inputs < 1:
             raise SetupError("A batch must have an input.", saw=f"n_inputs={n_inputs}")
         self.train: Any = train
@@ -92,6 +102,12 @@ class DataLoaders:
         Raises:
             DataError: lengths differ, or a label is no class.
         """
+        if any(isinstance(arrays, (Tensor, np.ndarray)) for arrays in (train, valid)):
+            raise SetupError(
+                "train and valid are each a pair: inputs, and targets last.",
+                saw=f"train {describe(train)}, valid {describe(valid)}",
+                do="DataLoaders.from_arrays((x, y), (x_valid, y_valid)).",
+            )
         sets = [ArrayDataset(*arrays) for arrays in (train, valid) if arrays is not None]
         inputs, targets = sets[0].arrays[0], [dataset.arrays[-1] for dataset in sets]
         if classes is None and _are_labels(targets[0]) and len(targets[0]):
@@ -144,7 +160,8 @@ class DataLoaders:
         raise SetupError(
             "The data do not tell which loss fits their targets.",
             saw=repr(self),
-            do="Learner(..., loss_func=torch.nn.functional.cross_entropy), or another.",
+            do="DataLoaders(train, valid, classes=10) for classes, else "
+            "Learner(..., loss_func=...).",
         )
 
     def __repr__(self) -> str:
@@ -162,7 +179,9 @@ def _brief(loader: Any) -> str:
     if isinstance(loader, (list, tuple)):
         what = f"{type(loader).__name__} of {len(loader)}"
         return f"{what}, first {describe(loader[0])}" if loader else what
-    return describe(loader) if isinstance(loader, Tensor) else repr(loader)
+    if isinstance(loader, DataLoader):
+        return f"DataLoader({length(loader) or '?'} batches of {loader.batch_size})"
+    return repr(loader)
 
 
 def _are_labels(targets: Tensor) -> bool:
