@@ -76,20 +76,16 @@ def train(
     """
     recipe = _recipe(source)
     learn = _learner(source, batch_size, model, seed, device)
+    folder = _folder(out, source)
     try:
         learn.fit_one_cycle(
             recipe.epochs if epochs is None else epochs, recipe.lr if lr is None else lr
         )
     except KeyboardInterrupt:
         print(f"interrupted in epoch {learn.epoch + 1} of {learn.n_epochs}; saving what there is")
+        _save_run(learn, folder)
         raise
-    finally:
-        if len(learn.record.epochs):
-            folder = _folder(out, source)
-            learn.save(folder / "model.safetensors")
-            learn.record.save(folder / "record.json")
-            _save(learn.record.plot(), folder / "training.png", "picture of the run")
-            print(f"weights and record: {folder / 'model.safetensors'}, {folder / 'record.json'}")
+    _save_run(learn, folder)
 
 
 @app.command
@@ -185,6 +181,14 @@ def _learner(
     # on a CPU convolutions of a small net are a third faster so; others do not mind
     module = convert_conv2d_weight_memory_format(module, torch.channels_last)
     return Learner(module, data, metrics=[accuracy], device=device)
+
+
+def _save_run(learn: Learner, folder: Path) -> None:
+    learn.save(folder / "model.safetensors")
+    learn.record.save(folder / "record.json")
+    print(f"weights and record: {folder / 'model.safetensors'}, {folder / 'record.json'}")
+    if len(learn.record.batches):
+        _save(learn.record.plot(), folder / "training.png", "picture of the run")
 
 
 def _folder(out: Path | None, source: str) -> Path:

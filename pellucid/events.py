@@ -104,7 +104,8 @@ class Callback:
         order: callbacks act in ascending order, those of one order as they were given.
         changes: False for a callback that only watches (a fit with it gives the same weights as
             without, bit for bit); True for one that may change the course. Looks such as
-            `learn.validate()` keep those that change and leave out those that watch.
+            `learn.validate()` keep those that change and leave out those that watch; in a look
+            nothing outside its pass is heard, neither before_fit nor around_fit.
         shows_progress: True for one that shows the run itself; the default table is then left out.
     """
 
@@ -156,6 +157,10 @@ def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
             raise CallbackError(
                 f"{type(callback).__name__} hears no moment, so it would never act.",
                 do=f"give it methods such as {', '.join(MOMENTS[:4])}.",
+            )
+        if sum(other is callback for other in callbacks) > 1:
+            raise CallbackError(
+                "A callback is given twice and would act twice.", saw=repr(callback)
             )
     return sorted(callbacks, key=lambda callback: callback.order)
 

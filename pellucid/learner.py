@@ -24,6 +24,7 @@ from .device import choose_device
 from .errors import CallbackError, DataNotFound, SetupError
 from .events import Callback, CancelBatch, CancelEpoch, CancelFit, CancelStep, in_order
 from .looks import predict, untouched, validate
+from .losses import ready_loss
 from .metrics import named
 from .optim import build_optimizer, check_trains, checked_lr, hyper_names, hyper_values
 from .record import Record
@@ -45,9 +46,8 @@ class Learner:
     Args:
         model: any module; moved to the device.
         data: `DataLoaders`, or a pair (train, valid) of any iterables of batches.
-        loss_func: `(preds, *targets) -> 0-d tensor`, a mean over the batch. By default the data's
-            own: cross entropy for classes, mean squared error for floats.
-        opt_func: `(params, lr=...) -> Optimizer`: one of torch's classes, a partial of one, or a
+        loss_func: `(preds, *targets) -> 0-d tensor`, a mean over the batch; by default the data's.
+        opt_func: `(params, lr=...) -> Optimizer`: a class of torch's, a partial of one, or a
             function that makes parameter groups. See `optim.build_optimizer`.
         lr: learning rate, where a fit does not say otherwise.
         metrics: functions `(preds, targets) -> mean`, or objects; see `metrics`.
@@ -87,13 +87,11 @@ class Learner:
     ):
         if not isinstance(model, nn.Module):
             raise SetupError("The model must be a torch module.", saw=repr(model))
-        if isinstance(loss_func, type):
-            name = loss_func.__name__
-            raise SetupError("The loss is a class.", saw=name, do=f"make an instance: {name}().")
         self.device, self.device_reason = choose_device(device)
         self.model = model.to(self.device)
         self.data = data if isinstance(data, DataLoaders) else DataLoaders.of_pair(data)
-        self.loss_func = self.data.default_loss() if loss_func is None else loss_func
+        own = self.data.default_loss() if loss_func is None else loss_func
+        self.loss_func = ready_loss(own, self.device)
         self.opt_func, self.lr = opt_func, checked_lr(lr)
         self.opt: Any = None
         self._offered: list[nn.Parameter] = []
@@ -176,6 +174,7 @@ class Learner:
                 self.loss = self.preds = self.x = self.y = None
             check_length(self.batch_index + 1, self.n_batches, kind)
         except CancelEpoch:
+            self.loss = self.preds = self.x = self.y = None
             self.fire("after_cancel_epoch")
         if self.training:
             self.progress = self._progress(self.n_batches or 1)
@@ -205,10 +204,7 @@ class Learner:
 
     def take_step(self) -> None:
         """Let the optimiser move the parameters; LBFGS evaluates the batch again, as it needs."""
-        if isinstance(self.opt, LBFGS):
-            self.opt.step(self._evaluate_again)
-        else:
-            self.opt.step()
+        self.opt.step(self._evaluate_again) if isinstance(self.opt, LBFGS) else self.opt.step()
 
     def zero_grad(self) -> None:
         """Drop the gradients of the optimiser's parameters, and of no others."""

@@ -37,7 +37,10 @@ def untouched(learn: Learner) -> Generator[None]:
     are what they were. Costs a copy of the model and of the optimiser's state.
     """
     orders = preserved_order(learn.data.train, learn.data.valid)
-    with _attributes_kept(learn), preserved(learn.model, learn.opt), orders:
+    with _attributes_kept(learn), preserved(learn.model, learn.opt), orders, torch.enable_grad():
+        learn.callbacks = copies(learn, learn.callbacks)
+        learn.data = copy.copy(learn.data)
+        learn.data.transforms = list(learn.data.transforms)
         learn.handlers, learn.spans = bind(())  # within a fit, another may run
         yield
 

@@ -5,10 +5,13 @@ uses torch's fused forms (`torch.nn.functional`), these are to read, to check an
 `nll` takes log-probabilities as torch does; what takes probabilities says so in its name.
 """
 
-import torch.nn.functional as F
-from torch import Tensor
+from collections.abc import Callable
 
-from .errors import DataError
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import DataError, SetupError
 from .tree import describe
 
 
@@ -45,8 +48,12 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def binary_nll(probabilities: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean of -y log p - (1 - y) log(1 - p) for targets y in [0, 1]."""
-    return -(targets * probabilities.log() + (1 - targets) * (1 - probabilities).log()).mean()
+    """Return the mean of -y log p - (1 - y) log(1 - p) for targets y in [0, 1].
+
+    Logarithms end at -100, as torch's do.
+    """
+    yes, no = probabilities.log().clamp(min=-100), (1 - probabilities).log().clamp(min=-100)
+    return -(targets * yes + (1 - targets) * no).mean()
 
 
 def mean_squared_error(preds: Tensor, targets: Tensor) -> Tensor:
@@ -63,3 +70,15 @@ def mean_squared_error(preds: Tensor, targets: Tensor) -> Tensor:
             do="end the model with nn.Flatten(0), or give targets of the predictions' shape.",
         )
     return F.mse_loss(preds, targets)
+
+
+def ready_loss(loss_func: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """Return a loss ready for use: a module (with class weights, say) is moved to the device.
+
+    Raises:
+        SetupError: a class was given, `nn.CrossEntropyLoss` for `nn.CrossEntropyLoss()`.
+    """
+    if isinstance(loss_func, type):
+        name = loss_func.__name__
+        raise SetupError("The loss is a class.", saw=name, do=f"make an instance: {name}().")
+    return loss_func.to(device) if isinstance(loss_func, nn.Module) else loss_func

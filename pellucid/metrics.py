@@ -6,6 +6,7 @@ object with `update(preds, targets)`, `compute()` and `reset()` (torchmetrics' o
 what is no mean over items. Neither may read a value back from the device.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
@@ -71,7 +72,10 @@ class MacroF1:
     def update(self, preds: Tensor, targets: Tensor) -> None:
         """Take in predictions (n, c) and integer targets (n)."""
         pairs = targets * self.n_classes + preds.argmax(1)
-        counts = torch.bincount(pairs, minlength=self.n_classes**2).view(self.n_classes, -1)
+        counts = pairs.new_zeros(
+            self.n_classes**2
+        )  # not bincount: on a GPU that waits for the host
+        counts = counts.scatter_add_(0, pairs, torch.ones_like(pairs)).view(self.n_classes, -1)
         self.counts = counts if self.counts is None else self.counts + counts
 
     def compute(self) -> Tensor:
@@ -126,4 +130,4 @@ def _name_of(metric: Any) -> str:
         )
     function: Callable[..., Any] = getattr(metric, "func", metric)  # a partial has its function's
     name = getattr(function, "__name__", None) or type(metric).__name__
-    return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name))
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()

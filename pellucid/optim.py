@@ -33,7 +33,9 @@ def build_optimizer(opt_func: Callable[..., Optimizer], model: nn.Module, lr: fl
             do="give a model with parameters, at least one of them with requires_grad.",
         )
     try:
-        optimizer = _fastest(opt_func, params, lr)
+        # sparse gradients suit only the plain form
+        sparse = any(getattr(module, "sparse", False) for module in model.modules())
+        optimizer = opt_func(params, lr=lr) if sparse else _fastest(opt_func, params, lr)
     except TypeError as error:
         raise SetupError(
             "opt_func cannot be called as opt_func(params, lr=lr).",

@@ -41,6 +41,8 @@ class Table:
 
     def extend(self, rows: Mapping[str, Sequence[float]], n: int) -> None:
         """Add `n` rows, given by columns of length `n`."""
+        if any(len(column) != n for column in rows.values()):
+            raise DataError("The columns of new rows differ in length.", saw=f"{n} rows")
         for name in rows:
             if name not in self._columns:
                 self._columns[name] = array("d", [math.nan]) * self._n_rows
@@ -52,20 +54,24 @@ class Table:
         """Return the newest value of a column."""
         return self.column(name)[-1]
 
-    def best_row(self, name: str, since: int = 0, min_delta: float = 0.0) -> int | None:
+    def best_row(
+        self, name: str, since: int = 0, min_delta: float = 0.0, lower: bool | None = None
+    ) -> int | None:
         """Return the row where a column was last improved upon.
-
-        Lower is better where the name has "loss" or "error" in it, else higher.
 
         Args:
             name: the column.
             since: the first row that counts.
             min_delta: how much better a value must be to count as better.
+            lower: whether lower is better; None takes lower for a name with loss, error, mae, mse
+                or perplexity in it, else higher.
 
         Returns:
             The row, or None if no value since then is a number.
         """
-        sign = 1 if re.search("loss|error", name) else -1
+        if lower is None:
+            lower = bool(re.search("loss|error|mae|mse|perplexity", name))
+        sign = 1 if lower else -1
         best, where = math.inf, None
         for row, value in enumerate(self.column(name)[since:], since):
             if sign * value < best - min_delta * (where is not None):
@@ -116,10 +122,11 @@ class Record:
     leaves its batches, and the next one goes by the same number.
 
     Attributes:
-        batches: a row for each training batch: "epoch" (counted over all fits), "train/loss",
-            "train/<metric>", "lr" (one column a parameter group, "lr/0" and so on, where there
-            are several) and every scheduled hyper-parameter.
-        epochs: a row for each epoch: "train/...", "valid/..." and "seconds".
+        batches: a row for each training batch: "epoch" (counted over all fits), "batch",
+            "train/loss", "train/<metric>", "lr" (of several parameter groups "lr/0" and so on) and
+            every scheduled hyper-parameter.
+        epochs: a row for each epoch: "train/...", "valid/...", the hyper-parameters at its end
+            and "seconds".
     """
 
     def __init__(self):

@@ -16,7 +16,7 @@ def preserved(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) 
 
     Restored: every parameter, buffer and gradient, the train/eval mode of each module,
     `requires_grad`, the optimiser's state and hyper-parameters, and the random state of Python,
-    numpy, torch and its GPUs. Parameters and buffers keep their identity (they are copied back
+    numpy, torch and CUDA. Parameters and buffers keep their identity (they are copied back
     in place), so whatever holds them stays valid. Costs one copy of each.
     """
     with preserved_modes(model), preserved_random_state(), preserved_buffers(model):
@@ -100,10 +100,11 @@ def preserved_modes(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def preserved_random_state() -> Generator[None]:
-    """Restore the generators of Python, numpy, torch and its GPUs on the way out."""
+    """Restore the generators of Python, numpy, torch and CUDA on the way out."""
     python, arrays = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
+        gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+        with torch.random.fork_rng(gpus):
             yield
     finally:
         random.setstate(python)

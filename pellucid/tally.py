@@ -67,9 +67,7 @@ class Tally:
             n_items: the weight of the batch.
             row: its number in the pass, and the hyper-parameters.
         """
-        self._waiting.append(loss.detach())
-        self._weights.append(n_items)
-        self._rows.append(row)
+        numbers = [loss.detach() if loss.ndim == 0 else loss.detach().reshape(())]
         if self._functions or self._objects:
             preds = preds.detach() if isinstance(preds, Tensor) else map_leaves(_detached, preds)
             measuring = ""
@@ -78,7 +76,7 @@ class Tally:
                     measuring = name
                     value = metric(preds, targets)
                     value = value if isinstance(value, Tensor) else loss.new_tensor(value)
-                    self._waiting.append(value if value.ndim == 0 else value.reshape(()))
+                    numbers.append(value if value.ndim == 0 else value.reshape(()))
                 for name, metric in self._objects.items():
                     measuring = name
                     metric.update(preds, targets)
@@ -86,6 +84,9 @@ class Tally:
                 note = f"raised in the metric {measuring!r}, which gives one number a batch"
                 error.add_note(note)
                 raise
+        self._waiting += numbers  # all or nothing: no column may be shorter than another
+        self._weights.append(n_items)
+        self._rows.append(row)
         if len(self._waiting) >= _CHUNK:
             self._chunks.append(torch.stack(self._waiting))
             self._waiting = []

@@ -42,7 +42,8 @@ def to_device(tree: Any, device: torch.device) -> Any:
 def join(trees: list[Any]) -> Any:
     """Join batches of one structure along the first dimension of each tensor.
 
-    Numbers without dimensions, one a batch, become a tensor (batches,).
+    Numbers without dimensions, one a batch, become a tensor (batches,); of what is no tensor the
+    first is taken.
     """
     kind = type(trees[0])
     if isinstance(trees[0], dict):
@@ -50,6 +51,8 @@ def join(trees: list[Any]) -> Any:
     if isinstance(trees[0], (tuple, list)):
         parts = [join(list(part)) for part in zip(*trees, strict=True)]
         return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
+    if not isinstance(trees[0], Tensor):
+        return trees[0]
     return torch.cat(trees) if trees[0].ndim else torch.stack(trees)
 
 

@@ -336,7 +336,8 @@ def test_targets_that_tell_no_loss():
         "The data do not tell which loss fits their targets.\n"
         "  saw: DataLoaders(train=Loader(2 batches of 4, shuffled, seed 0, from "
         "ArrayDataset(float32 8×6, int64 8×2)))\n"
-        "  do:  Learner(..., loss_func=torch.nn.functional.cross_entropy), or another."
+        "  do:  DataLoaders(train, valid, classes=10) for classes, else "
+        "Learner(..., loss_func=...)."
     )
 
 

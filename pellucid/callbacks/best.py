@@ -13,8 +13,8 @@ class Best(Callback):
     That holds however the fit ends.
 
     Args:
-        monitor: a column of `record.epochs`; lower is better where its name has "loss" or "error"
-            in it, else higher.
+        monitor: a column of `record.epochs`.
+        lower_is_better: None takes it from the name, see `record.Table.best_row`.
 
     Attributes:
         row: the row of `record.epochs` that the copy was made at; None before the first.
@@ -22,8 +22,8 @@ class Best(Callback):
 
     changes = True
 
-    def __init__(self, monitor: str = "valid/loss"):
-        self.monitor = monitor
+    def __init__(self, monitor: str = "valid/loss", lower_is_better: bool | None = None):
+        self.monitor, self.lower_is_better = monitor, lower_is_better
         self.row: int | None = None
         self._state: dict[str, Tensor] = {}
 
@@ -35,7 +35,7 @@ class Best(Callback):
     def after_epoch(self, learn: Learner) -> None:
         """Copy the model's state if it is the best."""
         epochs = learn.record.epochs
-        best = epochs.best_row(self.monitor, self._since)
+        best = epochs.best_row(self.monitor, self._since, lower=self.lower_is_better)
         if best == len(epochs) - 1:
             self.row = best
             state = learn.model.state_dict()

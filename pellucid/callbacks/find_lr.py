@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +12,6 @@ from ..data import length
 from ..errors import SetupError
 from ..events import Callback, CancelFit, heard
 from ..learner import Learner
-from ..looks import copies
 from ..schedules import exponential
 
 if TYPE_CHECKING:
@@ -74,13 +72,9 @@ def find_lr(learn: Learner, start: float = 1e-6, end: float = 10, steps: int = 1
             "A search needs 0 < start < end and two steps or more.",
             saw=f"start {start:g}, end {end:g}, steps {steps}",
         )
-    acting = [
-        callback for callback in learn.callbacks if callback.changes and _acts_inside(callback)
-    ]
     sweep = _Sweep(start, end, steps)
     with learn.untouched():
-        learn.callbacks = copies(learn, acting)
-        learn.data = copy.copy(learn.data)
+        learn.callbacks = [cb for cb in learn.callbacks if cb.changes and _acts_inside(cb)]
         learn.data.valid = None
         learn.fit(math.ceil(steps / (length(learn.data.train) or 1)), callbacks=[sweep])
     lrs, losses, smoothed = map(np.array, (sweep.lrs, sweep.losses, sweep.smoothed))
@@ -112,7 +106,9 @@ class _Sweep(Callback):
         self.lrs.append(self._lr)
         self.losses.append(loss)
         self.smoothed.append(self._average / (1 - _SMOOTHING ** len(self.lrs)))
-        if len(self.lrs) == self.steps or self.smoothed[-1] > 4 * min(self.smoothed):
+        low = min(self.smoothed)  # "four times the best", for losses below 0 as well
+        blown_up = self.smoothed[-1] - low > 3 * max(abs(low), abs(self.smoothed[0] - low))
+        if len(self.lrs) == self.steps or blown_up:
             raise CancelFit
 
 
@@ -122,8 +118,10 @@ def _acts_inside(callback: Callback) -> bool:
 
 
 def _suggest(lrs: np.ndarray, smoothed: np.ndarray) -> float | None:
+    begin = len(smoothed) // 10  # until then the average has too little to average
+    lrs, smoothed = lrs[begin:], smoothed[begin:]
     lowest = int(smoothed.argmin()) if len(smoothed) else 0
-    if lowest < 2 or smoothed[lowest] > (1 - _CLEAR_FALL) * smoothed[:lowest].max():
+    if lowest < 2 or smoothed[:lowest].max() - smoothed[lowest] < _CLEAR_FALL * abs(smoothed[0]):
         return None
     slopes = np.gradient(smoothed[: lowest + 1], np.log(lrs[: lowest + 1]))
     return float(lrs[slopes.argmin()]) if slopes.min() < 0 else None

@@ -66,43 +66,58 @@ class Progress(Callback):
             _announce(str(learn.device), learn.device_reason)
             heads = ["epoch", *map(_title, _columns(learn)), "seconds"]
             self._view = {"live": _Terminal, "notebook": _Notebook, "lines": _Lines}[show](heads)
-        self._rows: list[list[str]] = []
-        self._shown_at, self._seen = perf_counter(), 0
+        self._n_rows = len(learn.record.epochs)
+        self._shown_at, self._n_seen = perf_counter(), 0
         try:
             yield
         finally:
             if self._view is not None:
-                self._view.rows(self._rows)
+                self._show_rows(learn)
                 self._view.close()
                 self._view = None
 
     def after_batch(self, learn: Learner) -> None:
         """Show the running averages, if new ones were read."""
         readings = learn.tally.n_readings
-        if readings != self._seen and self._view is not None:
-            self._seen = readings
+        if readings > self._n_seen and self._view is not None:
             self._update(learn)
+
+    def before_train(self, learn: Learner) -> None:
+        """Wait for the first reading of the pass."""
+        self._n_seen = 0
+
+    def before_validate(self, learn: Learner) -> None:
+        """Wait for the first reading of the pass."""
+        self._n_seen = 0
 
     def after_epoch(self, learn: Learner) -> None:
         """Add the epoch's row."""
-        epochs = learn.record.epochs
-        numbers = [f"{epochs.last(name):.4f}" for name in _columns(learn)]
-        self._rows.append([str(len(epochs)), *numbers, f"{epochs.last('seconds'):.2f}"])
         self._update(learn)
 
     def _update(self, learn: Learner) -> None:
         now = perf_counter()
         if self._view is None or now - self._shown_at < _INTERVAL:
             return
-        self._shown_at = now
-        if self._rows:
-            self._view.rows(self._rows)
-            self._rows = []
+        self._shown_at, self._n_seen = now, learn.tally.n_readings
+        self._show_rows(learn)
         part = "training" if learn.training else "validating"
         averages = learn.tally.averages().items()
         numbers = "  ".join(f"{_title(name.split('/')[1])} {v:.4f}" for name, v in averages)
         text = f"epoch {learn.epoch + 1} of {learn.n_epochs}, {part}  {numbers}"
         self._view.running(learn.batch_index + 1, learn.n_batches, text)
+
+    def _show_rows(self, learn: Learner) -> None:
+        """Show the epochs that came on record since the last time, also one that ends the fit."""
+        epochs, names = learn.record.epochs[self._n_rows :], _columns(learn)
+        rows = [epochs[i] for i in range(len(epochs))]
+        if self._view is not None and rows:
+            self._view.rows(
+                [
+                    [str(number), *(f"{row[n]:.4f}" for n in names), f"{row['seconds']:.2f}"]
+                    for number, row in enumerate(rows, self._n_rows + 1)
+                ]
+            )
+        self._n_rows += len(rows)
 
 
 def _columns(learn: Learner) -> list[str]:

@@ -33,6 +33,12 @@ class Schedule(Callback):
     changes = True
 
     def __init__(self, name: str, schedule: schedules.Schedule | Sequence[schedules.Schedule]):
+        if not callable(schedule) and not isinstance(schedule, Sequence):
+            raise SetupError(
+                f"The schedule of {name} must be a function of the position, or several.",
+                saw=repr(schedule),
+                do="schedules.constant(0.1) makes one of a number.",
+            )
         self.name, self.schedule = name, schedule
 
     @contextmanager
@@ -112,8 +118,9 @@ class OneCycle(Callback):
 
     def before_batch(self, learn: Learner) -> None:
         """Set learning rate and momentum for this batch."""
-        for part in self._parts:
-            part.before_batch(learn)
+        if learn.training:
+            for part in self._parts:
+                part.before_batch(learn)
 
     def curves(self, opt: Optimizer) -> dict[str, schedules.Schedule]:
         """Return what will be set, by the name it has on record."""

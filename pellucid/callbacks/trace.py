@@ -13,7 +13,6 @@ from torch import Tensor
 from ..data import length
 from ..events import TIMETABLE, Callback, CancelFit, heard
 from ..learner import Learner
-from ..looks import copies
 from ..tree import leaves
 
 _PARTS = {"forward": ("preds",), "compute_loss": ("loss",), "backward": (), "take_step": (),
@@ -72,7 +71,6 @@ def trace(learn: Learner, n: int) -> Trace:
     """
     acts = Trace()
     with learn.untouched():
-        learn.callbacks = copies(learn, learn.callbacks)
         for part, assigned in _PARTS.items():
             act = getattr(learn, part)
             setattr(learn, part, _noted(acts, learn, part, "loop", act, assigned))

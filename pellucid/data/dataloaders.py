@@ -95,8 +95,8 @@ class DataLoaders:
             batch_size: items in a training batch.
             classes: names or number of the classes; None reckons them from integer targets (n),
                 and takes targets of another kind for a regression.
-            transforms: None normalises uint8 inputs by the training data's mean and standard
-                deviation and leaves others as they are; [] leaves all as they are.
+            transforms: None normalises a single uint8 input by the training data's mean and
+                standard deviation and leaves others as they are; [] leaves all as they are.
             seed: of the training order.
 
         Raises:
@@ -119,7 +119,8 @@ class DataLoaders:
             for dataset in sets:  # torch's losses want int64
                 dataset.arrays = (*dataset.arrays[:-1], dataset.arrays[-1].long())
         if transforms is None:
-            transforms = [Normalize.of(inputs)] if inputs.dtype == torch.uint8 else []
+            alone = inputs.dtype == torch.uint8 and len(train) <= 2
+            transforms = [Normalize.of(inputs)] if alone else []
         return cls(
             Loader(sets[0], batch_size, shuffle=True, seed=seed),
             Loader(sets[1], batch_size * 2) if valid is not None else None,

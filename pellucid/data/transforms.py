@@ -47,7 +47,9 @@ class Normalize:
             total, squares = total + values.sum(dims), squares + values.square().sum(dims)
         n = x.numel() / total.numel()
         mean = total / n
-        return cls(mean.tolist(), (squares / n - mean.square()).sqrt().tolist())
+        variance = squares / n - mean.square()
+        variance[variance < 1e-12 * mean.square()] = 0  # a constant channel, but for rounding
+        return cls(mean.tolist(), variance.sqrt().tolist())
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return `x` normalised, as floats."""
