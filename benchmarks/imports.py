@@ -28,7 +28,9 @@ PROBE = """
 import resource, sys
 {statement}
 used = resource.getrusage(resource.RUSAGE_SELF)
-print(f"[{{used.ru_utime + used.ru_stime}}, {{used.ru_maxrss / 1024}}, {{len(sys.modules)}}]")
+pages = int(open("/proc/self/statm").read().split()[1])  # what getrusage says began with the parent
+mib = pages * resource.getpagesize() / 2**20
+print(f"[{{used.ru_utime + used.ru_stime}}, {{mib}}, {{len(sys.modules)}}]")
 """
 
 

@@ -8,6 +8,8 @@ is fixed cost. Peers are optional; to have them, make them an environment of the
         -r benchmarks/requirements-peers.txt
     peers/bin/pip install --no-deps fastai==2.8.12
     peers/bin/python benchmarks/overhead.py
+
+`python benchmarks/overhead.py ours` measures pellucid and the bare loops alone, in two minutes.
 """
 
 import json
@@ -173,13 +175,15 @@ def measured(task_name: str, name: str, reference: str) -> list[str]:
     ]
 
 
-def main() -> None:
+def main(only_ours: bool) -> None:
     """Measure every pair that can run here, and write the report."""
     heads = ["loop", "against", "µs a batch", "over, µs", "ratio", "fixed, ms"]
     parts = ["Median and quartiles; `over` and `ratio` are of paired runs, CPU time."]
     for task_name, make_task in TASKS.items():
         rows, missing = [], []
         for name, reference in PAIRS:
+            if only_ours and not name.startswith(("pellucid", "Bare")):
+                continue
             reason = available(name, make_task()) if name in CONTENDERS else None
             if reason:
                 missing.append(f"{name} left out: {reason}.")
@@ -187,11 +191,13 @@ def main() -> None:
             rows.append(measured(task_name, name, reference))
             print(" | ".join(rows[-1]), file=sys.stderr)
         parts += [f"## {task_name}", table(heads, rows), *missing]
-    report("overhead", "Overhead of the training loop", "python benchmarks/overhead.py", *parts)
+    what = "overhead-ours" if only_ours else "overhead"
+    command = f"python benchmarks/overhead.py{' ours' * only_ours}"
+    report(what, "Overhead of the training loop", command, *parts)
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 5:
         measure_pair(*sys.argv[1:4], Path(sys.argv[4]))
     else:
-        main()
+        main(only_ours=sys.argv[1:] == ["ours"])
