@@ -1,6 +1,7 @@
 """What all tests share: one thread, one seed, and something tiny to train."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,10 @@ def real_data() -> Path:
     if not (folder / "mnist").is_dir():
         pytest.skip("PELLUCID_DATA is not set: no MNIST files")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """Hear SIGINT as a shell in the foreground does; one in the background passes on deafness."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
