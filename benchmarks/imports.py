@@ -10,7 +10,7 @@ import sys
 
 from measure import report, spread, table
 
-REPEATS = 9
+REPEATS = 5
 STATEMENTS = {
     "nothing": "pass",
     "import torch": "import torch",
