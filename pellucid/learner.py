@@ -249,10 +249,11 @@ class Learner:
             raise SetupError("A fit of this learner is running already.")
         if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
             raise SetupError("epochs must be a whole number, 0 or more.", saw=repr(epochs))
+        handlers, spans = bind(self._with_progress(callbacks))  # first: it may refuse
         self._prepare_optimizer(lr)
         self.epoch, self.n_epochs, self.batch_index, self.n_batches = 0, epochs, 0, None
         self.progress, self.tally, self.recorded = 0.0, Tally({}), ["lr"]
-        self.handlers, self.spans = bind(self._with_progress(callbacks))
+        self.handlers, self.spans = handlers, spans
         try:
             with located(self), self.around("around_fit"):
                 try:
@@ -267,8 +268,7 @@ class Learner:
                 self.tally.read()
             Learner.zero_grad(self)  # what was gathered for a step that did not come
             self.model.eval()
-            self.handlers, self.spans = bind(())
-            self.training = False
+            self.handlers, self.spans, self.training = *bind(()), False
             self.loss = self.preds = self.x = self.y = None
 
     def _with_progress(self, callbacks: Iterable[Callback]) -> list[Callback]:

@@ -149,7 +149,7 @@ def test_an_epoch_can_be_continued_anywhere(n, size, drop_last, shuffle, seed, s
 def test_nothing_is_lost_where_one_block_of_labels_ends_and_the_next_begins(sizes):
     n, size = sizes
     loader = Loader(ArrayDataset(torch.arange(n), torch.arange(n).float()), size, shuffle=True)
-    found = [batch for batch in loader]  # noqa: C416
+    found = list(loader)
     assert [len(x) for x, _ in found] == [size] * (n // size) + [n % size] * bool(n % size)
     assert torch.equal(torch.cat([x for x, _ in found]), loader.order(0))
     assert torch.equal(torch.cat([y for _, y in found]).long(), loader.order(0))

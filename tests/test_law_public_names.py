@@ -56,7 +56,7 @@ def test_a_public_name_leads_to_its_home(name):
 
 def test_a_name_that_is_not_there_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'pellucid' has no attribute 'Lerner'"):
-        pellucid.Lerner  # noqa: B018
+        _ = pellucid.Lerner
 
 
 def test_a_star_import_brings_exactly_the_public_names():

@@ -1,6 +1,8 @@
 """Keep the best weights of a fit, and end with them."""
 
-import torch
+from collections.abc import Generator
+from contextlib import contextmanager
+
 from torch import Tensor
 
 from ..events import Callback
@@ -27,10 +29,17 @@ class Best(Callback):
         self.row: int | None = None
         self._state: dict[str, Tensor] = {}
 
-    def before_fit(self, learn: Learner) -> None:
-        """Forget the copy of an earlier fit."""
+    @contextmanager
+    def around_fit(self, learn: Learner) -> Generator[None]:
+        """Forget the copy of an earlier fit, and end this one with its best state."""
         self.row, self._state = None, {}
         self._since = len(learn.record.epochs)
+        try:
+            yield
+        finally:
+            if self._state:
+                learn.model.load_state_dict(self._state)
+                self._state = {}
 
     def after_epoch(self, learn: Learner) -> None:
         """Copy the model's state if it is the best."""
@@ -40,10 +49,3 @@ class Best(Callback):
             self.row = best
             state = learn.model.state_dict()
             self._state = {name: tensor.detach().clone() for name, tensor in state.items()}
-
-    @torch.no_grad()
-    def after_fit(self, learn: Learner) -> None:
-        """Put the best state into the model."""
-        if self._state:
-            learn.model.load_state_dict(self._state)
-            self._state = {}
