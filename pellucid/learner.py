@@ -303,7 +303,7 @@ class Learner:
         self.tally = Tally(self.metrics, self.record if self.training else None, names)
 
     def _take(self, batch: Any) -> None:
-        """Bring a batch to the device and through the data's transforms."""
+        """Bring a batch to the device and through the data's augmentation and transforms."""
         if self.batch_index == self.n_batches:
             check_length(
                 self.batch_index + 1, self.n_batches, "train" if self.training else "validate"
@@ -312,8 +312,7 @@ class Learner:
             self.progress = self._progress(self.batch_index)
         x, y = tree.split(batch, self.data.n_inputs)
         self.x, self.y = tree.to_device(x, self.device), tree.to_device(y, self.device)
-        for transform in self.data.transforms:
-            self.x = transform(self.x)
+        self.x = self.data.prepare(self.x, self.training)
 
     def _progress(self, n_done: int) -> float:
         n = self.n_batches or 1  # where the number is unknown, whole epochs count

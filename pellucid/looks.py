@@ -41,6 +41,7 @@ def untouched(learn: Learner) -> Generator[None]:
         learn.callbacks = copies(learn, learn.callbacks)
         learn.data = copy.copy(learn.data)
         learn.data.transforms = list(learn.data.transforms)
+        learn.data.augment = list(learn.data.augment)
         learn.handlers, learn.spans = bind(())  # within a fit, another may run
         yield
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pellucid.device import seed_everything
 from pellucid.errors import SetupError
-from pellucid.randomness import permutation, words
+from pellucid.randomness import permutation, philox4x32, uniforms, words
 
 any_integer = st.integers(-(2**70), 2**70)
 
@@ -118,3 +118,102 @@ def test_one_switch_seeds_everything():
 def test_a_seed_out_of_range_is_refused(seed):
     with pytest.raises(SetupError, match="between 0 and"):
         seed_everything(seed)
+
+
+# ── draws for each item ───────────────────────────────────────────────────────────────────────
+
+KNOWN_ANSWERS = {  # kat_vectors of Random123, the authors' own library: counter, key, block
+    "zeros": ("0 0 0 0", "0 0", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    "ones": (
+        "ffffffff ffffffff ffffffff ffffffff",
+        "ffffffff ffffffff",
+        "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    ),
+    "pi": (
+        "243f6a88 85a308d3 13198a2e 03707344",
+        "a4093822 299f31d0",
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
+}
+
+
+def hexes(text: str) -> list[int]:
+    return [int(word, 16) for word in text.split()]
+
+
+@pytest.mark.parametrize("name", KNOWN_ANSWERS)
+def test_philox_gives_the_published_answers(name):
+    counter, key, block = map(hexes, KNOWN_ANSWERS[name])
+    counters = np.array([counter, [0, 1, 2, 3], counter], dtype=np.uint64).T  # many at once
+    words = philox4x32(counters, key[0] | key[1] << 32)
+    assert words[:, 0].tolist() == words[:, 2].tolist() == block
+    assert words.max() < 2**32
+
+
+def test_seed_epoch_item_and_block_each_have_their_place_in_philox():
+    seed, epoch, item = 0x299F31D0_A4093822, 0x13198A2E, 0x05A308D3_243F6A88
+    row = uniforms(seed, epoch, [item], 8)[0]
+    blocks = [[0x243F6A88, 0x05A308D3, epoch, block] for block in (0, 1)]
+    words = philox4x32(np.array(blocks, dtype=np.uint64).T, seed).T.ravel()
+    assert row.tolist() == [(word >> 8) / 2**24 for word in words.tolist()]
+
+
+@given(
+    seed=any_integer,
+    epoch=st.integers(0, 2**32 - 1),
+    items=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=20),
+    n=st.integers(0, 17),
+    cut=st.integers(0, 20),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_row_belongs_to_its_item_in_any_batch(seed, epoch, items, n, cut):
+    rows = uniforms(seed, epoch, items, n)
+    assert (rows.shape, rows.dtype) == ((len(items), n), np.float32)
+    parts = [uniforms(seed, epoch, part, n) for part in (items[:cut], items[cut:])]
+    assert np.array_equal(np.concatenate(parts), rows)
+    assert np.array_equal(uniforms(seed, epoch, np.array(items[::-1]), n), rows[::-1])
+    assert np.array_equal(uniforms(seed, epoch, items, n + 3)[:, :n], rows)
+    assert ((rows >= 0) & (rows < 1)).all()
+
+
+@pytest.mark.parametrize("bit", [0, 1, 23, 31, 32, 47, 63])
+def test_every_bit_of_seed_and_item_counts(bit):
+    here = uniforms(5, 2, [9], 8)
+    assert not np.array_equal(uniforms(5 ^ 1 << bit, 2, [9], 8), here)
+    assert bit == 63 or not np.array_equal(uniforms(5, 2, [9 ^ 1 << bit], 8), here)
+    assert bit >= 32 or not np.array_equal(uniforms(5, 2 ^ 1 << bit, [9], 8), here)
+
+
+def test_no_two_rows_are_alike():
+    of = [(seed, epoch) for seed in range(10) for epoch in range(10)]
+    rows = np.concatenate([uniforms(*at, range(100), 2) for at in of])
+    assert len(np.unique(rows, axis=0)) == 10_000
+
+
+@pytest.mark.parametrize("by", ["item", "epoch", "seed"])
+def test_draws_are_even_and_neighbours_have_nothing_in_common(by):
+    if by == "item":
+        drawn = uniforms(1, 2, range(20_000), 5)
+    else:
+        at = [(1, i) if by == "epoch" else (i, 1) for i in range(4000)]
+        drawn = np.concatenate([uniforms(*pair, [7], 5) for pair in at])
+    n = len(drawn)
+    for column in drawn.T:
+        counts = np.histogram(column, 16, (0, 1))[0]
+        assert ((counts - n / 16) ** 2 / (n / 16)).sum() < 15 + 6 * 30**0.5
+    neighbours = np.concatenate([drawn[:-1], drawn[1:]], axis=1)
+    correlation = np.corrcoef(neighbours.T) - np.eye(10)
+    assert np.abs(correlation).max() < 5 / n**0.5
+
+
+def test_draws_are_the_same_on_every_machine():
+    drawn = uniforms(42, 7, np.arange(1000) * 10**15, 13)
+    digest = hashlib.sha256(drawn.astype("<f4").tobytes()).hexdigest()
+    assert digest == "f5f8dbd5b27244da20dabedb63b2a4aaedba0b0040d23663508986c2c2a15a28"
+
+
+def test_draws_leave_the_global_generators_alone():
+    before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().tolist()
+    uniforms(0, 0, range(100), 13)
+    after = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().tolist()
+    assert before == after

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,10 +14,16 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..errors import DataError, SetupError
 from ..losses import mean_squared_error
+from ..randomness import uniforms
+from ..snapshot import preserved_random_state
 from ..tree import describe, split
 from .datasets import ArrayDataset
-from .loader import Loader, first, length
-from .transforms import Normalize
+from .folder import FolderReport, Labels, Splitting, read_folder
+from .loader import Loader, first, length, preserved_order
+from .transforms import Normalize, PerSample
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Array = Tensor | np.ndarray
 Transform = Callable[[Any], Any]
@@ -33,6 +40,12 @@ class DataLoaders:
         n_inputs: how many parts of a batch are inputs; the rest are targets.
         transforms: functions or modules, applied one after the other to the inputs of every
             batch, training and validation, once they are on the device.
+        augment: likewise, before the transforms and to training batches only. Those that draw for
+            each sample (`PerSample`) get their random numbers from the seed of `train`, the epoch
+            and the item, others draw as they please.
+
+    Attributes:
+        report: what `from_folder` found, for `print`; None for other data.
     """
 
     def __init__(
@@ -42,6 +55,7 @@ class DataLoaders:
         classes: Sequence[str] | int | None = None,
         n_inputs: int = 1,
         transforms: Sequence[Transform] = (),
+        augment: Sequence[Transform] = (),
     ):
         for part in (train, valid):
             whole = isinstance(part, Dataset) and not isinstance(part, IterableDataset)
@@ -58,7 +72,9 @@ class DataLoaders:
         self.valid: Any = valid
         numbers = range(classes) if isinstance(classes, int) else classes
         self.classes = None if numbers is None else [str(name) for name in numbers]
-        self.n_inputs, self.transforms = n_inputs, list(transforms)
+        self.n_inputs = n_inputs
+        self.transforms, self.augment = list(transforms), list(augment)
+        self.report: FolderReport | None = None
 
     @classmethod
     def of_pair(cls, pair: Any) -> DataLoaders:
@@ -129,6 +145,110 @@ class DataLoaders:
             transforms,
         )
 
+    @classmethod
+    def from_folder(
+        cls,
+        path: str | os.PathLike[str],
+        size: int | tuple[int, int] = 64,
+        batch_size: int = 64,
+        split: Splitting = "auto",
+        labels: Labels = "folder",
+        cache: str | None = "auto",
+        bad: str = "raise",
+        seed: int = 0,
+    ) -> DataLoaders:
+        """Make loaders over a folder of images: shuffled training, validation in twice the batch.
+
+        Inputs are uint8 (n, 3, h, w), normalised on the device by statistics of 512 training
+        images. The classes are the labels of the training images, sorted. What was found is in
+        `report`. Images that are not kept are decoded in worker processes, one a core;
+        `data.train.workers = 0` changes that.
+
+        Args:
+            path: the folder; files and folders whose name begins with a dot are passed by.
+            size: side of the square that every image is scaled and cut to, or (height, width).
+            batch_size: images in a training batch.
+            split: "folder", by top folders train and valid, val, validation or test; a fraction
+                for validation, drawn by seed and file name; names of the validation files, or a
+                text file of them; a function from names to two arrays of indices; "auto": by
+                folder if there are such, else 0.2.
+            labels: "folder", the folder that a file lies in; a compiled pattern whose group is
+                the label; a function from name to label; a table {name: label}, or the path of a
+                CSV file with names and labels in its first two columns.
+            cache: where decoded images are kept: "memory", "disk" (a mapped file in the user's
+                cache, found again by the next run), None (decoded every epoch), or "auto": memory
+                if an eighth of it is enough, else None.
+            bad: what becomes of files that cannot be read: "raise" an error that names them,
+                "skip" them, or "set aside", moved into the hidden folder .set-aside. Without a
+                cache, the latter two decode every image once beforehand.
+            seed: of the training order and of a random split.
+
+        Raises:
+            DataNotFound: there is no such folder.
+            DataError: no images, a broken one, no label, an unknown class, an empty part.
+        """
+        workers = min(os.cpu_count() or 1, 8)
+        train, valid, report = read_folder(path, size, split, labels, cache, bad, seed, workers)
+        some = np.unique(np.linspace(0, len(train) - 1, 512).astype(int)).tolist()
+        statistics = Normalize.of(torch.stack([train[item][0] for item in some]))
+        beside = [0 if hasattr(part, "batches") else workers for part in (train, valid)]
+        data = cls(
+            Loader(train, batch_size, shuffle=True, seed=seed, workers=beside[0]),
+            Loader(valid, batch_size * 2, workers=beside[1]),
+            report.classes,
+            transforms=[statistics],
+        )
+        data.report = report
+        return data
+
+    def prepare(self, x: Any, training: bool = False) -> Any:
+        """Take inputs, on their device, through the augmentation (in training) and transforms."""
+        if training and self.augment:
+            x = self._augmented(x)
+        for transform in self.transforms:
+            x = transform(x)
+        return x
+
+    def _augmented(self, x: Any) -> Any:
+        own = [fn.n_draws if isinstance(fn, PerSample) else 0 for fn in self.augment]
+        drawn, draws = getattr(self.train, "drawn", None), None
+        if drawn is not None and sum(own):
+            numbers = uniforms(drawn.seed, drawn.epoch, drawn.items.numpy(), sum(own))
+            draws = iter(torch.from_numpy(numbers).to(x.device, non_blocking=True).split(own, 1))
+        for fn in self.augment:
+            part = None if draws is None else next(draws)
+            x = fn(x, part) if isinstance(fn, PerSample) else fn(x)
+        return x
+
+    def show_batch(self, n: int = 16) -> Figure:
+        """Draw the next training images as the model gets them, augmented, with their classes.
+
+        What the transforms did to the values is undone, as far as they know how (`undo`), and the
+        brightest pixel is white. Nothing changes by looking: training will see this very batch.
+
+        Args:
+            n: how many, at most.
+
+        Raises:
+            SetupError: the inputs are no images (n, 1 or 3, h, w).
+        """
+        from ..plots import plot_images
+
+        with preserved_order(self.train), preserved_random_state():
+            x, y = split(next(iter(self.train)), self.n_inputs)
+            if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] not in (1, 3):
+                raise SetupError("These inputs are no images (n, 1 or 3, h, w).", saw=describe(x))
+            x = self.prepare(x, training=True)
+        for transform in reversed(self.transforms):
+            x = getattr(transform, "undo", _unchanged)(x)
+        x = x.float() - x.min().clamp(max=0)
+        titles = [""] * n if y is None else [self._title(label) for label in y[:n].tolist()]
+        return plot_images((x[:n] / x.max().clamp(min=1e-9)).numpy(), titles)
+
+    def _title(self, label: Any) -> str:
+        known = self.classes is not None and isinstance(label, int)
+        return self.classes[label] if known else str(label)
+
     @property
     def n_classes(self) -> int:
         """The number of classes; raises SetupError where the targets are none."""
@@ -168,11 +288,17 @@ class DataLoaders:
     def __repr__(self) -> str:
         loaders = {"train": self.train, "valid": self.valid}
         parts = [f"{name}={_brief(part)}" for name, part in loaders.items() if part is not None]
+        if self.augment:
+            parts.append(f"augment={self.augment}")
         if self.transforms:
             parts.append(f"transforms={self.transforms}")
         if self.classes is not None:
             parts.append(f"{len(self.classes)} classes")
         return f"DataLoaders({', '.join(parts)})"
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def _brief(loader: Any) -> str:

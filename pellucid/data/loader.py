@@ -1,25 +1,43 @@
 """The Loader: whole batches by index, in an order that depends on seed and epoch alone."""
 
 import math
+import sys
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ..errors import DataError, SetupError
 from ..randomness import permutation
+from .making import Job, without_our_frames
+from .workers import in_processes, in_threads
+
+_NOTHING = torch.arange(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Which items a batch is made of: on this and the seed their augmentation depends."""
+
+    seed: int
+    epoch: int
+    items: Tensor
 
 
 class Loader:
     """Batches of a data set.
 
     A data set with a method `batches(order, size)` (`ArrayDataset` has one) makes whole batches
-    itself; of any other the items are taken one by one and collated as torch's DataLoader does.
+    itself, `ImageFiles` are decoded straight into a batch, and of any other data set the items are
+    taken one by one and collated as torch's DataLoader does.
 
-    Every `iter()` begins the next epoch. The order is a pure function of (seed, epoch): the same
-    on any machine, whatever happened to other random numbers.
+    Every `iter()` begins the next epoch. Order and content are a pure function of (seed, epoch):
+    the same on any machine, with any number of workers, whatever happened to other random numbers.
+    Also what a data set itself draws from the generators of Python, numpy and torch is.
 
     Args:
         dataset: has `len()`, and `batches(order, size)` or `[i]`.
@@ -27,9 +45,13 @@ class Loader:
         shuffle: a new order every epoch; otherwise the data set's own.
         drop_last: leave out a last batch that is not full.
         seed: any integer.
+        workers: processes that make batches beside the loop, two batches ahead each; 0: none.
+            They live for one pass. Not on Linux, images are decoded in threads instead.
 
     Attributes:
         epoch: the number of the next pass, from 0.
+        drawn: what the batch given last is made of; None before the first.
+        timeout: seconds that a worker may spend on one item before it counts as hanging.
 
     Raises:
         DataError: the data set is empty, or has no full batch and `drop_last` is set.
@@ -42,12 +64,20 @@ class Loader:
         shuffle: bool = False,
         drop_last: bool = False,
         seed: int = 0,
+        workers: int = 0,
     ):
         if batch_size < 1:
             raise SetupError("A batch must have one item or more.", saw=f"batch_size={batch_size}")
         self.dataset, self.batch_size = dataset, batch_size
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
-        self.epoch = 0
+        self.workers, self.timeout = workers, 60.0
+        self.epoch, self.drawn = 0, None
+        if workers and hasattr(dataset, "batches"):
+            raise SetupError(
+                "Workers have nothing to do: these data make whole batches at once, in memory.",
+                saw=f"workers={workers}, {dataset!r}",
+                do="leave workers out.",
+            )
         if not len(self):
             raise DataError(
                 "The data set has no batch.",
@@ -66,16 +96,33 @@ class Loader:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """Give the batches of one epoch from the `start`-th on, without beginning a new one."""
-        size = self.batch_size
-        order = self.order(epoch)[start * size : len(self) * size]
-        if not len(order):  # torch would split nothing into one empty part
-            return iter(())
-        if hasattr(self.dataset, "batches"):
-            return self.dataset.batches(order, size)
-        item = self.dataset.__getitem__  # by map: no frames of ours above an error in a data set
-        return (default_collate(list(map(item, c.tolist()))) for c in order.split(size))
+        parts = self.order(epoch)[start * self.batch_size : len(self) * self.batch_size]
+        parts = parts.split(self.batch_size) if len(parts) else ()
+        items = iter(parts)
+        try:
+            for batch in self._made(epoch, start, parts):
+                self.drawn = Drawn(self.seed, epoch, next(items, _NOTHING))
+                yield batch
+        except Exception as error:
+            error.__traceback__ = without_our_frames(error.__traceback__)
+            raise
 
-    def order(self, epoch: int) -> torch.Tensor:
+    def _made(self, epoch: int, start: int, parts: tuple[Tensor, ...]) -> Iterable[Any]:
+        if hasattr(self.dataset, "batches"):
+            return self.dataset.batches(torch.cat(parts), self.batch_size) if parts else ()
+        job = Job(self.dataset, self.seed, epoch, start)
+        if not self.workers or not parts:
+            return map(job.batch, range(len(parts)), parts)
+        if sys.platform == "linux":  # elsewhere a fork may break what the system's libraries hold
+            return in_processes(job, parts, self.workers, self.timeout)
+        if job.in_place:
+            return in_threads(job, parts, self.workers)
+        raise SetupError(
+            "Worker processes need a safe fork, which Linux alone has.",
+            do="use workers=0, or torch's DataLoader.",
+        )
+
+    def order(self, epoch: int) -> Tensor:
         """Return the order of the items in one epoch, an int64 tensor (n,)."""
         n = len(self.dataset)
         return (
@@ -83,8 +130,10 @@ class Loader:
         )
 
     def __repr__(self) -> str:
+        workers = f", {self.workers} workers" if self.workers else ""
         order = f"shuffled, seed {self.seed}" if self.shuffle else "in order"
-        return f"Loader({len(self)} batches of {self.batch_size}, {order}, from {self.dataset!r})"
+        how = f"{len(self)} batches of {self.batch_size}, {order}{workers}"
+        return f"Loader({how}, from {self.dataset!r})"
 
 
 def first(loader: Iterable[Any]) -> Any:
@@ -93,7 +142,8 @@ def first(loader: Iterable[Any]) -> Any:
     A `Loader` is left as it was: its next pass begins with this batch.
     """
     if isinstance(loader, Loader):
-        return next(loader.batches(loader.epoch))
+        with preserved_order(loader):
+            return next(loader.batches(loader.epoch))
     return next(iter(loader))
 
 
@@ -101,10 +151,11 @@ def first(loader: Iterable[Any]) -> Any:
 def preserved_order(*loaders: Any) -> Generator[None]:
     """Put back on the way out what decides the order of the next pass.
 
-    That is the epoch of a `Loader`, and the generators of a torch DataLoader and its sampler. Of
-    any other iterable nothing is known.
+    That is the epoch of a `Loader` (and what its last batch was made of), and the generators of a
+    torch DataLoader and its sampler. Of any other iterable nothing is known.
     """
-    epochs = [(loader, loader.epoch) for loader in loaders if isinstance(loader, Loader)]
+    ours = [loader for loader in loaders if isinstance(loader, Loader)]
+    epochs = [(loader, loader.epoch, loader.drawn) for loader in ours]
     holders = [loader for loader in loaders if isinstance(loader, DataLoader)]
     holders += [loader.sampler for loader in holders]
     generators = [getattr(holder, "generator", None) for holder in holders]
@@ -112,8 +163,8 @@ def preserved_order(*loaders: Any) -> Generator[None]:
     try:
         yield
     finally:
-        for loader, epoch in epochs:
-            loader.epoch = epoch
+        for loader, epoch, drawn in epochs:
+            loader.epoch, loader.drawn = epoch, drawn
         for generator, state in states:
             generator.set_state(state)
 

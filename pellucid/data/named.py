@@ -1,4 +1,4 @@
-"""Data sets by name: digits (in the package), MNIST and Fashion-MNIST (found or downloaded)."""
+"""Data sets by name: digits (in the package), and others that are found or downloaded."""
 
 from __future__ import annotations
 
@@ -12,27 +12,16 @@ import numpy as np
 from ..errors import DataError, DataNotFound, UnknownName, did_you_mean
 from ..randomness import permutation
 from .dataloaders import DataLoaders
-from .fetch import fetch_file
+from .fetch import cache_folder, fetch_dataset
+from .sources import IDX_FILES, SOURCES
 
-_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
-          "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")  # fmt: skip
-
-_MNIST_URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
-_MNIST_SHA256 = (
-    "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-    "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-    "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-    "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-)
-_FASHION_URL = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
-_FASHION_SHA256 = (
-    "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-    "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-    "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-    "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
-)
 _FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat",
                     "sandal", "shirt", "sneaker", "bag", "ankle boot")  # fmt: skip
+
+_CIFAR_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
+_CIFAR_IMAGES = 10_000  # in each file
+_CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer",
+                  "dog", "frog", "horse", "ship", "truck")  # fmt: skip
 
 
 def digits(batch_size: int = 64, seed: int = 0) -> DataLoaders:
@@ -80,7 +69,7 @@ def mnist(
         raise UnknownName(
             f"MNIST has no split {split!r}.", do=did_you_mean(split, ("official", "course"))
         )
-    train, test = _load("mnist", path, (), _MNIST_URL, _MNIST_SHA256)
+    train, test = _load_idx("mnist", path)
     if split == "course":
         train, test = [a[:50_000] for a in train], [a[50_000:] for a in train]
     return DataLoaders.from_arrays(train, test, batch_size=batch_size, classes=10, seed=seed)
@@ -107,18 +96,37 @@ def fashion_mnist(
         DataNotFound: the files are nowhere and cannot be downloaded.
         DataError: a file is broken.
     """
-    debian = (Path("/usr/share/datasets/fashion-mnist"),)
-    train, test = _load("fashion-mnist", path, debian, _FASHION_URL, _FASHION_SHA256)
+    train, test = _load_idx("fashion-mnist", path, Path("/usr/share/datasets/fashion-mnist"))
     return DataLoaders.from_arrays(
         train, test, batch_size=batch_size, classes=_FASHION_CLASSES, seed=seed
     )
 
 
-def cache_folder() -> Path:
-    """Return where downloads are kept: $PELLUCID_HOME, else pellucid in the user's cache folder."""
-    if home := os.environ.get("PELLUCID_HOME"):
-        return Path(home)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pellucid"
+def cifar10(batch_size: int = 64, path: str | Path | None = None, seed: int = 0) -> DataLoaders:
+    """Load CIFAR-10, photographs of 32×32 pixels (Krizhevsky, Nair and Hinton, 2009).
+
+    50,000 images to train on, 10,000 to validate, 10 classes.
+
+    Args:
+        batch_size: items in a training batch.
+        path: the folder with the six files of the binary version, data_batch_1.bin and so on. By
+            default they are looked for in $PELLUCID_DATA/cifar10 and the user's cache, and else
+            downloaded (170 MB) to the latter.
+        seed: of the training order.
+
+    Returns:
+        Inputs uint8 (n, 3, 32, 32), red, green, blue, normalised on the device.
+
+    Raises:
+        DataNotFound: the files are nowhere and cannot be downloaded.
+        DataError: a file is broken.
+    """
+    folder = _find("cifar10", path, _CIFAR_FILES)
+    parts = [_read_cifar(folder / file) for file in _CIFAR_FILES]
+    train = [np.concatenate(arrays) for arrays in zip(*parts[:5], strict=True)]
+    return DataLoaders.from_arrays(
+        train, parts[5], batch_size=batch_size, classes=_CIFAR_CLASSES, seed=seed
+    )
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -144,11 +152,12 @@ def read_idx(path: Path) -> np.ndarray:
         ) from None
 
 
-def _load(
-    name: str, path: str | Path | None, system: tuple[Path, ...], url: str, sums: tuple[str, ...]
+def _load_idx(
+    name: str, path: str | Path | None, system: Path | None = None
 ) -> list[list[np.ndarray]]:
     """Return [[training images, labels], [test images, labels]], images (n, 1, h, w)."""
-    arrays = [read_idx(file) for file in _find(name, path, system, url, sums)]
+    folder = _find(name, path, IDX_FILES, system)
+    arrays = [read_idx(_packed_or_not(folder / file) or folder / file) for file in IDX_FILES]
     for part, images, labels in (("training", *arrays[:2]), ("test", *arrays[2:])):
         if len(images) != len(labels):
             raise DataError(
@@ -158,35 +167,57 @@ def _load(
     return [[arrays[0][:, None], arrays[1]], [arrays[2][:, None], arrays[3]]]
 
 
+def _read_cifar(path: Path) -> list[np.ndarray]:
+    """Return images (n, 3, 32, 32) and labels (n), uint8, of one file of the binary version."""
+    content = np.fromfile(path, np.uint8)
+    broken = f"The file {path} is broken."
+    wanted = _CIFAR_IMAGES * (1 + 3 * 32 * 32)  # a label, then the red, green and blue pixels
+    if len(content) != wanted:
+        saw = f"{len(content):,} bytes, not {wanted:,}"
+        raise DataError(broken, saw=saw, do="remove it, and fetch it again.")
+    records = content.reshape(_CIFAR_IMAGES, -1)
+    if (highest := int(records[:, 0].max())) >= len(_CIFAR_CLASSES):
+        raise DataError(broken, saw=f"a label {highest}", do="remove it, and fetch it again.")
+    return [records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]]
+
+
 def _find(
-    name: str, path: str | Path | None, system: tuple[Path, ...], url: str, sums: tuple[str, ...]
-) -> list[Path]:
-    data, cache = os.environ.get("PELLUCID_DATA"), cache_folder() / name
-    folders = [Path(path)] if path else [*([Path(data) / name] if data else []), cache, *system]
+    name: str, path: str | Path | None, files: tuple[str, ...], system: Path | None = None
+) -> Path:
+    """Return the folder of a data set's files: given, found or downloaded.
+
+    Args:
+        name: in the registry, and of the folder.
+        path: as the user gave it.
+        files: that must be there, each packed by gzip or not.
+        system: a folder where a package of the system puts them.
+    """
+    data, cache = os.environ.get("PELLUCID_DATA"), cache_folder() / "data" / name
+    places = [Path(data) / name if data else None, cache, system]
+    folders = [Path(path)] if path else [place for place in places if place]
     for folder in folders:
-        pairs = [(folder / file, folder / f"{file}.gz") for file in _FILES]
-        found = [next((file for file in pair if file.is_file()), None) for pair in pairs]
-        if None not in found:
-            return [file for file in found if file is not None]
-    failure = "the folder given has not all four files"
+        if all(_packed_or_not(folder / file) for file in files):
+            return folder
+    failure = f"the folder given has not all {len(files)} files"
     if path is None:
         try:
-            return [
-                fetch_file(f"{url}{file}.gz", sha256, cache)
-                for file, sha256 in zip(_FILES, sums, strict=True)
-            ]
-        except (OSError, ValueError) as error:
-            failure = (
-                f"the download failed: {(str(error) or type(error).__name__).splitlines()[0][:120]}"
-            )
+            # forced if it is there, since then some of its files are not
+            return fetch_dataset(name, force=cache.exists())
+        except DataNotFound as error:
+            failure = f"{error.args[0]} {error.args[1]}"
     ways = [
-        "give the folder of its four files: path=...",
+        f"give the folder of its {len(files)} files: path=...",
         f"put them into a folder {name} and set PELLUCID_DATA to the folder above it",
-        "install Debian's package dataset-fashion-mnist" if system else f"put them into {cache}",
-        f"let this machine reach {url}",
+        f"install Debian's package dataset-{name}" if system else f"put them into {cache}",
+        f"let this machine reach {SOURCES[name][0].url.rsplit('/', 1)[0]}",
     ]
     raise DataNotFound(
         f"{name} is not on this machine.",
         saw=f"looked in {', '.join(map(str, folders))}; {failure}",
         do="; or ".join(ways) + ".",
     )
+
+
+def _packed_or_not(path: Path) -> Path | None:
+    pair = (path, path.with_name(f"{path.name}.gz"))
+    return next((file for file in pair if file.is_file()), None)

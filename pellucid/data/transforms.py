@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -87,3 +88,49 @@ class Reshape:
 
     def __repr__(self) -> str:
         return f"Reshape{self.shape}"
+
+
+class PerSample(ABC):
+    """What changes each sample of a batch by random numbers of its own, on the batch's device.
+
+    A subclass says how many numbers it wants for each sample and what it does with them:
+
+        class Dim(PerSample):
+            n_draws = 1
+
+            def apply(self, x, draws):
+                return x * (0.5 + 0.5 * draws.view(-1, 1, 1, 1))
+
+    Whoever calls may hand in the numbers, as `pellucid.randomness.uniforms(seed, epoch, items,
+    n_draws)` makes them: then a sample changes alike in whatever batch it comes.
+    """
+
+    @property
+    @abstractmethod
+    def n_draws(self) -> int:
+        """How many numbers each sample needs: `n_draws = 3` in the class will do."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, draws: Tensor) -> Tensor:
+        """Return the batch `x` (n, ...) changed by `draws` (n, n_draws), float32 in [0, 1)."""
+
+    def __call__(self, x: Tensor, draws: Tensor | None = None) -> Tensor:
+        """Return the batch `x` (n, ...) changed.
+
+        Args:
+            x: the batch.
+            draws: (n, n_draws) float32 in [0, 1), where `x` is; None draws them from torch's
+                global generator.
+        """
+        shape = (len(x), self.n_draws)
+        if draws is None:
+            draws = torch.rand(shape, dtype=torch.float32, device=x.device)
+        elif (draws.shape, draws.dtype, draws.device) != (shape, torch.float32, x.device):
+            raise SetupError(
+                f"{type(self).__name__} needs {self.n_draws} float32 numbers for each sample, on "
+                "the batch's device.",
+                saw=f"draws {tuple(draws.shape)} of {draws.dtype} on {draws.device}, a batch of "
+                f"{len(x)} on {x.device}",
+                do=f"give draws of shape {shape}, or none to have them drawn.",
+            )
+        return self.apply(x, draws)
