@@ -1,4 +1,4 @@
-"""The command line: train on a data set, look for a learning rate, look at the data.
+"""The command line: train on a data set or a folder of images, look at it, use what was trained.
 
 torch is imported inside the commands, so that `--help` and a slip of the pen answer at once.
 """
@@ -8,18 +8,19 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 from . import __version__
-from .errors import PellucidError, SetupError, UnknownName, did_you_mean
+from .errors import DataNotFound, PellucidError, SetupError, UnknownName, did_you_mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .data import DataLoaders
     from .learner import Learner
+    from .trained import Trained
 
 app = App(
     name="pellucid",
@@ -34,27 +35,69 @@ class Recipe:
     """What works well for a data set, where the user does not say otherwise."""
 
     loader: str
-    model: str
     epochs: int
-    lr: float
     batch_size: int
+    lr: float = 0.01
+    model: str = "small_resnet"
 
 
 RECIPES = {
-    "digits": Recipe("digits", "small_resnet", epochs=10, lr=0.01, batch_size=64),
-    "mnist": Recipe("mnist", "small_resnet", epochs=3, lr=0.01, batch_size=128),
-    "fashion-mnist": Recipe("fashion_mnist", "small_resnet", epochs=5, lr=0.01, batch_size=128),
+    "digits": Recipe("digits", epochs=10, batch_size=64),
+    "mnist": Recipe("mnist", epochs=3, batch_size=128),
+    "fashion-mnist": Recipe("fashion_mnist", epochs=5, batch_size=128),
+    "cifar10": Recipe("cifar10", epochs=5, batch_size=128),
+    "imagenette": Recipe("imagenette", epochs=5, batch_size=64),
 }
-MODELS = ("mlp", "simple_cnn", "small_resnet")
+FOLDER = Recipe("DataLoaders.from_folder", epochs=5, batch_size=128)
+_SHOWN, _SIDE = 32, 64
 
-Source = Annotated[str, Parameter(help=f"The data set: {', '.join(RECIPES)}.")]
+Source = Annotated[str, Parameter(help=f"A folder of images, or one of {', '.join(RECIPES)}.")]
 Epochs = Annotated[int | None, Parameter(help="Passes over the training data.")]
 Rate = Annotated[float | None, Parameter(help="Highest learning rate of the one-cycle schedule.")]
-BatchSize = Annotated[int | None, Parameter(help="Images in a training batch.")]
-Model = Annotated[str | None, Parameter(help=f"The model: {', '.join(MODELS)}.")]
-Seed = Annotated[int, Parameter(help="Fixes the weights at the start and the order of the data.")]
-Device = Annotated[str, Parameter(help='"auto", "cpu", "cuda" or "cuda:1".')]
 Out = Annotated[Path | None, Parameter(help="Folder for what is saved; runs/SOURCE if not given.")]
+Run = Annotated[Path, Parameter(help="Folder that `pellucid train` saved, such as runs/digits.")]
+
+
+@Parameter(name="*")  # the fields are options of the command, without a prefix
+@dataclass(frozen=True)
+class Reading:
+    """How the data are read.
+
+    Args:
+        batch_size: Images in a training batch.
+        seed: Fixes the weights at the start, the order of the data, and a split at random.
+        size: Side in pixels to which the images of a folder are brought; 64 if not given, or
+            their own if that is less.
+        flip: Mirror training images left to right at random: for photographs, not for letters.
+        shift: Move training images at random by up to this share of their side.
+        cache: Where decoded images of a folder are kept.
+        bad: What becomes of files of a folder that cannot be read.
+    """
+
+    batch_size: int | None = None
+    seed: int = 0
+    size: int | None = None
+    flip: bool = False
+    shift: float = 0.0
+    cache: Literal["auto", "memory", "disk", "none"] = "auto"
+    bad: Literal["raise", "skip", "set-aside"] = "raise"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Training:
+    """What is trained, and where.
+
+    Args:
+        model: The model: mlp, simple_cnn or small_resnet.
+        device: "auto", "cpu", "cuda" or "cuda:1".
+    """
+
+    model: str | None = None
+    device: str = "auto"
+
+
+_READING, _TRAINING = Reading(), Training()
 
 
 @app.command
@@ -64,18 +107,17 @@ def train(
     *,
     epochs: Epochs = None,
     lr: Rate = None,
-    batch_size: BatchSize = None,
-    model: Model = None,
-    seed: Seed = 0,
-    device: Device = "auto",
+    training: Training = _TRAINING,
+    reading: Reading = _READING,
     out: Out = None,
 ) -> None:
     """Train a model, and save its weights, the record and a picture of the run.
 
-    What is not given is chosen to suit the data set.
+    What is not given is chosen to suit the data set. A folder of images holds a
+    folder for each class, or train and valid (val, validation, test) with such.
     """
     recipe = _recipe(source)
-    learn = _learner(source, batch_size, model, seed, device)
+    learn, trained = _learner(source, training, reading)
     folder = _folder(out, source)
     try:
         learn.fit_one_cycle(
@@ -83,9 +125,9 @@ def train(
         )
     except KeyboardInterrupt:
         print(f"interrupted in epoch {learn.epoch + 1} of {learn.n_epochs}; saving what there is")
-        _save_run(learn, folder)
+        _save_run(learn, trained, folder)
         raise
-    _save_run(learn, folder)
+    _save_run(learn, trained, folder)
 
 
 @app.command
@@ -93,14 +135,12 @@ def find_lr(
     source: Source,
     /,
     *,
-    batch_size: BatchSize = None,
-    model: Model = None,
-    seed: Seed = 0,
-    device: Device = "auto",
+    training: Training = _TRAINING,
+    reading: Reading = _READING,
     out: Out = None,
 ) -> None:
     """Try learning rates from tiny to huge, suggest one, and save the curve as a picture."""
-    search = _learner(source, batch_size, model, seed, device).find_lr()
+    search = _learner(source, training, reading)[0].find_lr()
     if search.suggestion is None:
         print("the loss never falls: no learning rate to suggest")
     else:
@@ -109,21 +149,48 @@ def find_lr(
 
 
 @app.command
-def show(source: Source, /, *, seed: Seed = 0, out: Out = None) -> None:
-    """Say what a data set holds, and save a picture of its first training batch."""
-    from .data import first
-    from .plots import plot_images
+def show(source: Source, /, *, reading: Reading = _READING, out: Out = None) -> None:
+    """Say what a data set holds, and save a picture of a training batch as the model gets it.
 
-    data = _load(source, 32, seed)
-    n_train, n_valid = len(data.train.dataset), len(data.valid.dataset)
-    print(f"{source}: {n_train:,} images to train on, {n_valid:,} to validate")
-    names = data.classes or []
-    print(f"{len(names)} classes: {', '.join(names)}")
-    x, y = first(data.train)
+    Of a folder every image is read: broken ones are named, and those that are both
+    in training and in validation.
+    """
+    data = _load(source, reading, looking=True)
+    if data.report is None:
+        n_train, n_valid = len(data.train.dataset), len(data.valid.dataset)
+        print(f"{source}: {n_train:,} images to train on, {n_valid:,} to validate")
+        print(f"{data.n_classes} classes: {', '.join(data.classes or [])}")
+    else:
+        from .data.folder import shared_files
+
+        print(data.report)
+        shared = shared_files(data.train.dataset.names, data.valid.dataset.names)
+        for valid, train in list(shared.items())[:1]:
+            print(f"  note     {len(shared):,} validation images are training images too: {valid}, "
+                  f"for one, is {train}")  # fmt: skip
+    from .data import first
+
+    x = first(data.train)[0]
     print(f"an image: {'×'.join(map(str, x.shape[1:]))} (channels, height, width), {x.dtype}")
-    images = x.float() / float(x.max())
-    titles = [names[int(label)] for label in y]
-    _save(plot_images(images.numpy(), titles), _folder(out, source) / "batch.png", "a batch")
+    _save(data.show_batch(_SHOWN), _folder(out, source) / "batch.png", "a batch")
+
+
+@app.command
+def predict(run: Run, /, *images: Annotated[Path, Parameter(help="Image files.")]) -> None:
+    """Say which class each image is of, by a trained model, and how sure the model is."""
+    from .trained import Trained
+
+    if not images:
+        raise SetupError("There is no image to look at.", do=f"pellucid predict {run} IMAGE...")
+    n_broken = 0
+    for image, answer in Trained.load(run).predict(images):
+        n_broken += isinstance(answer, PellucidError)
+        if isinstance(answer, PellucidError):
+            print(answer, file=sys.stderr)
+        else:
+            print(f"{answer[0]}  {answer[1]:.1%}  {image}")
+    if n_broken:
+        sys.exit(1)
 
 
 def main() -> None:
@@ -141,50 +208,63 @@ def main() -> None:
 
 
 def _recipe(source: str) -> Recipe:
-    if source not in RECIPES:
-        raise UnknownName(f"There is no data set {source!r}.", do=did_you_mean(source, RECIPES))
-    return RECIPES[source]
+    if source in RECIPES:
+        return RECIPES[source]
+    if Path(source).is_dir():
+        return FOLDER
+    what = f"There is no data set {source!r}, and no folder of that name."
+    if "/" in source or "\\" in source:
+        raise DataNotFound(what, do="check the path.")
+    raise UnknownName(what, do=did_you_mean(source, RECIPES))
 
 
-def _load(source: str, batch_size: int | None, seed: int) -> DataLoaders:
+def _load(source: str, reading: Reading, looking: bool = False) -> DataLoaders:
+    """Load a data set; to look at a folder, read every image and keep none."""
     recipe = _recipe(source)
     from . import data
+    from .data.folder import usual_side
+    from .vision import Augment
 
-    size = recipe.batch_size if batch_size is None else batch_size
-    return getattr(data, recipe.loader)(batch_size=size, seed=seed)
+    size = recipe.batch_size if reading.batch_size is None else reading.batch_size
+    size = _SHOWN if looking else size
+    if recipe is FOLDER:
+        cache = None if looking or reading.cache == "none" else reading.cache
+        bad = "skip" if looking else reading.bad
+        loaders = data.DataLoaders.from_folder(
+            source,
+            reading.size or min(usual_side(source), _SIDE),
+            size,
+            cache=cache,
+            bad=bad,
+            seed=reading.seed,
+        )
+        if not looking:
+            print(loaders.report)
+    else:
+        loaders = getattr(data, recipe.loader)(batch_size=size, seed=reading.seed)
+    if reading.flip or reading.shift:
+        loaders.augment.append(Augment(flip=0.5 * reading.flip, shift=reading.shift))
+    return loaders
 
 
-def _learner(
-    source: str, batch_size: int | None, model: str | None, seed: int, device: str
-) -> Learner:
-    name = model or _recipe(source).model
+def _learner(source: str, training: Training, reading: Reading) -> tuple[Learner, Trained]:
+    name = training.model or _recipe(source).model
+    from .trained import MODELS, Trained
+
     if name not in MODELS:
         raise UnknownName(f"There is no model {name!r}.", do=did_you_mean(name, MODELS))
-    import torch
-    from torch.nn.utils import convert_conv2d_weight_memory_format
-
-    from . import vision
-    from .data import first
     from .device import seed_everything
     from .learner import Learner
     from .metrics import accuracy
 
-    data = _load(source, batch_size, seed)
-    seed_everything(seed)
-    shape = first(data.train)[0].shape[1:]
-    if name == "mlp":
-        module = vision.mlp(shape.numel(), data.n_classes)
-    elif name == "small_resnet" and shape[-1] < 16:  # nothing is left of it after four halvings
-        module = vision.small_resnet(shape[0], data.n_classes, (16, 32), first_stride=1)
-    else:
-        module = getattr(vision, name)(shape[0], data.n_classes)
-    # on a CPU convolutions of a small net are a third faster so; others do not mind
-    module = convert_conv2d_weight_memory_format(module, torch.channels_last)
-    return Learner(module, data, metrics=[accuracy], device=device)
+    data = _load(source, reading)
+    seed_everything(reading.seed)
+    trained = Trained.on(data, name)
+    return Learner(trained.model, data, metrics=[accuracy], device=training.device), trained
 
 
-def _save_run(learn: Learner, folder: Path) -> None:
-    learn.save(folder / "model.safetensors")
+def _save_run(learn: Learner, trained: Trained, folder: Path) -> None:
+    trained.save(folder)
     learn.record.save(folder / "record.json")
     print(f"weights and record: {folder / 'model.safetensors'}, {folder / 'record.json'}")
     if len(learn.record.batches):
@@ -192,7 +272,7 @@ def _save_run(learn: Learner, folder: Path) -> None:
 
 
 def _folder(out: Path | None, source: str) -> Path:
-    folder = out or Path("runs") / source
+    folder = out or Path("runs") / Path(source).resolve().name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

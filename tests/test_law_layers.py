@@ -21,7 +21,7 @@ LAYERS = {
     "vision diagnosis",
     "loop": "events binding slips looks learner",
     "callbacks": "callbacks",
-    "edge": "report cli __main__",
+    "edge": "report trained cli __main__",
 }
 """From the ground up: a file may import what stands in its own line or above it."""
 
@@ -35,7 +35,8 @@ CONVENIENCES = {
 }
 """What Learner's two- and three-line methods fetch when they are called, and nobody else does."""
 
-HEAVY = ["matplotlib", "rich", "PIL", "cyclopts", "pooch", "IPython", "safetensors"]
+HEAVY = ["matplotlib", "rich", "PIL", "simplejpeg", "cyclopts", "pooch", "requests", "filelock",
+         "IPython", "safetensors"]  # fmt: skip
 
 
 @dataclass(frozen=True)

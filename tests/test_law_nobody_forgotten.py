@@ -322,7 +322,8 @@ TRANSFORM_EXAMPLES: dict[str, Callable[[], Any]] = {
 
 
 def test_every_transform_has_an_example():
-    assert set(TRANSFORMS) == set(TRANSFORM_EXAMPLES)
+    made = {name for name, kind in TRANSFORMS.items() if not inspect.isabstract(kind)}
+    assert made == set(TRANSFORM_EXAMPLES)
 
 
 @pytest.mark.parametrize("name", TRANSFORM_EXAMPLES)

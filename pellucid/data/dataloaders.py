@@ -179,7 +179,7 @@ class DataLoaders:
                 cache, found again by the next run), None (decoded every epoch), or "auto": memory
                 if an eighth of it is enough, else None.
             bad: what becomes of files that cannot be read: "raise" an error that names them,
-                "skip" them, or "set aside", moved into the hidden folder .set-aside. Without a
+                "skip" them, or "set-aside", moved into the hidden folder .set-aside. Without a
                 cache, the latter two decode every image once beforehand.
             seed: of the training order and of a random split.
 

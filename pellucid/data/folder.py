@@ -23,7 +23,7 @@ from .labels import encode, label_files, read_labels, vocabulary
 from .splits import Split, split_at_random, split_by_folder, split_by_list
 
 CACHES = ("auto", "memory", "disk", None)
-POLICIES = ("raise", "skip", "set aside")
+POLICIES = ("raise", "skip", "set-aside")
 _ASIDE = ".set-aside"  # hidden, so that the next scan passes it by
 _LOOKED_AT = 500  # images whose size is read for the report
 
@@ -127,7 +127,7 @@ def read_folder(
         len(names) - len(parts[0]) - len(parts[1]),
         _some_sizes(names),
         broken,
-        bad == "set aside",
+        bad == "set-aside",
     )
     return decoded[0] or whole[0], decoded[1] or whole[1], report
 
@@ -164,6 +164,12 @@ def shared_files(train: FileNames, valid: FileNames) -> dict[str, str]:
         if same:
             found[name] = same
     return found
+
+
+def usual_side(path: str | os.PathLike[str]) -> int:
+    """Return the median of the shorter sides of the images in a folder; 64 if none tells."""
+    sides = [min(size) for size in _some_sizes(scan(path))]
+    return int(np.median(sides)) if sides else 64
 
 
 def _split(names: FileNames, split: Splitting, seed: int) -> Split:
@@ -216,10 +222,10 @@ def _treat(root: str, broken: dict[str, str], bad: str) -> None:
         raise DataError(
             f"{_files(len(broken))} under {printable(root)} cannot be read as images.",
             saw=_told(broken),
-            do='mend or remove them; or bad="skip" leaves them out, bad="set aside" moves them '
+            do='mend or remove them; or bad="skip" leaves them out, bad="set-aside" moves them '
             f"into the hidden folder {_ASIDE}.",
         )
-    if broken and bad == "set aside":
+    if broken and bad == "set-aside":
         _set_aside(Path(root), broken)
 
 
@@ -255,6 +261,8 @@ def _affordable() -> int:
 
 
 def _some_sizes(names: FileNames) -> list[tuple[int, int]]:
+    if not len(names):
+        return []
     chosen = np.unique(np.linspace(0, len(names) - 1, _LOOKED_AT).astype(int))
     sizes = (image_size(names.path(int(item))) for item in chosen)
     return [size for size in sizes if size]

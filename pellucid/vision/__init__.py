@@ -1,5 +1,15 @@
-"""Models for images."""
+"""Models for images, and their augmentation in whole batches."""
 
+from .augment import Augment, cutout, flip_and_shift, recolour, warp
 from .models import mlp, simple_cnn, small_resnet
 
-__all__ = ["mlp", "simple_cnn", "small_resnet"]
+__all__ = [
+    "Augment",
+    "cutout",
+    "flip_and_shift",
+    "mlp",
+    "recolour",
+    "simple_cnn",
+    "small_resnet",
+    "warp",
+]
