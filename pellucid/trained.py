@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
@@ -63,6 +62,8 @@ class Trained:
             DataNotFound: the folder holds no trained model.
             DataError: its files are broken, or do not belong together.
         """
+        from safetensors.torch import load_model
+
         if not (folder / _FACTS).is_file() or not (folder / _WEIGHTS).is_file():
             raise DataNotFound(
                 f"There is no trained model in {folder}.",
@@ -83,6 +84,8 @@ class Trained:
 
     def save(self, folder: Path) -> None:
         """Write weights and facts into a folder."""
+        from safetensors.torch import save_model
+
         facts = {key: value for key, value in vars(self).items() if key != "model"}
         save_model(self.model, str(folder / _WEIGHTS))
         (folder / _FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False))

@@ -5,7 +5,6 @@ import errno
 import gzip
 import io
 import lzma
-import os
 import re
 import shutil
 import stat
@@ -292,9 +291,9 @@ def zeros(n_bytes: int) -> bytes:
 
 
 def test_a_bomb_does_not_go_off(room):
-    assert "would become more than" in refused(room, zeros(96 << 20))
-    bomb = bz2.compress(claiming(200 << 20) + bytes(200 << 20) + bytes(1024), 9)
-    assert len(bomb) * 1e5 > 200 << 20 and len(bomb) < 1000
+    assert "would become more than" in refused(room, zeros(70 << 20))
+    bomb = bz2.compress(claiming(70 << 20) + bytes(70 << 20) + bytes(1024), 9)
+    assert len(bomb) * 1e5 < 70 << 20
     assert "would become more than" in refused(room, bomb)
 
 
@@ -338,7 +337,7 @@ def test_bytes_are_limited_whatever_the_ratio(room):
 def test_a_remark_of_gigabytes_is_not_read(room):
     head = header("x", tarfile.XHDTYPE)
     head.size = 1 << 40
-    assert "longer than 1 MiB" in refused(room, head.tobuf() + bytes(4096))
+    assert "longer than 1 MiB" in refused(room, head.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
 
 
 @pytest.mark.timeout(20)
@@ -417,10 +416,11 @@ def test_an_encrypted_member_is_refused(room):
         (b"just some words", "not an archive"),
         (b"\n<!DOCTYPE html><html>404</html>", "a web page (HTML)"),
         (bytes(10_240), "holds no files"),
-        (gzip.compress(b"words" * 1000), "bad checksum"),
+        (gzip.compress(b"words" * 1000), "or not an archive"),
         (tar(("d/", b"")), "holds no files"),
         (zipped(), "holds no files"),
     ],
+    ids=["nothing", "words", "web page", "zeros", "packed words", "empty tar", "empty zip"],
 )
 def test_what_is_no_archive_says_so(room, content, why):
     assert why in refused(room, content)
@@ -497,9 +497,11 @@ def test_a_single_folder_at_the_top_becomes_the_folder(room, kind):
     (room / "no ending").write_bytes(PACKED[kind])
     found = tree(unpack(room / "no ending", room / "new" / "out"))
     wanted = {"a.txt": GOOD[0][1], "e": None, "e/b": b"", "e/ü": GOOD[2][1]}
-    assert found == (wanted if kind != "tar of old" else {**wanted, "e/ü": b""} | found)
-    assert sorted(os.listdir(room)) == ["new", "no ending"]
-    assert os.listdir(room / "new") == ["out"]
+    if kind == "tar of old":
+        del wanted["e/ü"]
+    assert found == wanted
+    assert sorted(path.name for path in room.iterdir()) == ["new", "no ending"]
+    assert [path.name for path in (room / "new").iterdir()] == ["out"]
 
 
 def test_several_things_at_the_top_stay_as_they_are(room):

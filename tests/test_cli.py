@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pellucid import cli
+from pellucid.errors import DataNotFound
 
 
 def run(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -85,10 +86,10 @@ def test_a_slip_is_answered_with_the_right_word_and_exit_code_2(words, answer, m
 
 
 def test_data_that_are_nowhere_end_with_exit_code_1(monkeypatch, capsys, tmp_path):
-    def offline(*_: object) -> None:
-        raise OSError("no network")
+    def offline(name: str, *_: object, **__: object) -> None:
+        raise DataNotFound(f"{name} could not be downloaded.", saw="no network")
 
-    monkeypatch.setattr("pellucid.data.named.fetch_file", offline)
+    monkeypatch.setattr("pellucid.data.named.fetch_dataset", offline)
     monkeypatch.setenv("PELLUCID_HOME", str(tmp_path))
     monkeypatch.delenv("PELLUCID_DATA", raising=False)
     assert exit_code(monkeypatch, "train", "mnist") == 1

@@ -1,10 +1,8 @@
-"""Data: sets, loaders against a plain list, named sets and their files, downloads."""
+"""Data: sets, loaders against a plain list, named sets and their files."""
 
 import gzip
 import hashlib
 import math
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import chain, islice
 
 import numpy as np
@@ -29,8 +27,7 @@ from pellucid.data import (
     mnist,
     named,
 )
-from pellucid.data.fetch import fetch_file
-from pellucid.data.named import read_idx
+from pellucid.data.named import cifar10, read_idx
 from pellucid.errors import DataError, DataNotFound, SetupError, UnknownName
 from pellucid.losses import mean_squared_error
 
@@ -557,12 +554,12 @@ def test_idx_files_are_read_packed_or_not(folder, packed):
 
 def test_a_data_set_is_found_by_environment_variable_and_in_the_cache(folder, monkeypatch):
     files = list(folder.iterdir())
-    for variable in ("PELLUCID_DATA", "PELLUCID_HOME"):
+    for variable, place in (("PELLUCID_DATA", "mnist"), ("PELLUCID_HOME", "data/mnist")):
         monkeypatch.delenv("PELLUCID_DATA", raising=False)
         home = folder / variable
-        (home / "mnist").mkdir(parents=True)
+        (home / place).mkdir(parents=True)
         for file in files:
-            (home / "mnist" / file.name).write_bytes(file.read_bytes())
+            (home / place / file.name).write_bytes(file.read_bytes())
         monkeypatch.setenv(variable, str(home))
         assert len(mnist().train.dataset) == 6
 
@@ -617,12 +614,12 @@ def test_a_split_nobody_knows_is_refused(folder):
 def nowhere(tmp_path, monkeypatch):
     """A machine without data sets and without a network."""
 
-    def fails(url, sha256, folder):
-        raise OSError("no route to host")
+    def fails(name, force):
+        raise DataNotFound("The file could not be downloaded.", saw="no route to host")
 
     monkeypatch.delenv("PELLUCID_DATA", raising=False)
     monkeypatch.setenv("PELLUCID_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(named, "fetch_file", fails)
+    monkeypatch.setattr(named, "fetch_dataset", fails)
     real = named.Path
 
     def hide_debian(*parts):
@@ -633,27 +630,20 @@ def nowhere(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(("load", "name"), [(mnist, "mnist"), (fashion_mnist, "fashion-mnist")])
+@pytest.mark.parametrize(
+    ("load", "name"), [(mnist, "mnist"), (fashion_mnist, "fashion-mnist"), (cifar10, "cifar10")]
+)
 def test_a_data_set_that_is_nowhere_names_four_ways_to_get_it(nowhere, load, name):
     with pytest.raises(DataNotFound) as caught:
         load()
     text = str(caught.value)
     assert f"{name} is not on this machine" in text
-    assert "the download failed: no route to host" in text
-    assert str(nowhere / "home" / name) in text
+    assert "The file could not be downloaded. no route to host" in text
+    assert str(nowhere / "home" / "data" / name) in text
     ways = text.split("do:  ")[1].split("; or ")
     assert len(ways) == 4
     assert "path=" in ways[0] and "PELLUCID_DATA" in ways[1] and "let this machine reach" in ways[3]
     assert isinstance(caught.value, FileNotFoundError)
-
-
-def test_a_download_that_fails_without_a_word_is_still_data_not_found(nowhere, monkeypatch):
-    def fails(url, sha256, folder):
-        raise ConnectionResetError
-
-    monkeypatch.setattr(named, "fetch_file", fails)
-    with pytest.raises(DataNotFound, match="mnist is not on this machine"):
-        mnist()
 
 
 def test_a_split_nobody_knows_is_refused_before_anything_is_downloaded(nowhere):
@@ -666,86 +656,89 @@ def test_a_folder_that_was_given_is_not_passed_over_for_a_download(nowhere):
         mnist(path=nowhere)
 
 
-# ── downloads, from this machine to itself ──────────────────────────────────────────────────────
-
-CONTENT = b"four score and seven" * 1000
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """A web server on this machine with one file; `paths` is what was asked for."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            httpd.paths.append(self.path)
-            found = self.path != "/missing.gz"
-            self.send_response(200 if found else 404)
-            short = self.path == "/short.gz"
-            body = CONTENT if found else b"nothing here"
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[:600] if short else body)
-
-        def log_message(self, *args):
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        httpd.paths = []
-        httpd.url = f"http://127.0.0.1:{httpd.server_port}"
-        thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield httpd
-        httpd.shutdown()
-        thread.join()
-
-
-def test_a_file_is_fetched_once(server, tmp_path, capfd):
-    folder = tmp_path / "new" / "mnist"
-    found = fetch_file(f"{server.url}/images.gz", SHA256, folder)
-    assert found == folder / "images.gz" and found.read_bytes() == CONTENT
-    assert fetch_file(f"{server.url}/images.gz", SHA256, folder) == found
-    assert server.paths == ["/images.gz"]
-    assert [file.name for file in folder.iterdir()] == ["images.gz"]
-    captured = capfd.readouterr()
-    assert captured.out == captured.err == ""
-
-
-def test_a_file_with_another_checksum_does_not_get_its_name(server, tmp_path):
-    with pytest.raises(ValueError, match="hash"):
-        fetch_file(f"{server.url}/images.gz", "0" * 64, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["missing.gz", "short.gz"])
-def test_a_download_that_fails_is_an_os_error_and_leaves_nothing(server, tmp_path, name):
-    with pytest.raises(OSError):
-        fetch_file(f"{server.url}/{name}", SHA256, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_spoilt_file_in_the_cache_is_fetched_again(server, tmp_path):
-    (tmp_path / "images.gz").write_bytes(CONTENT[:-1])
-    assert fetch_file(f"{server.url}/images.gz", SHA256, tmp_path).read_bytes() == CONTENT
-    assert server.paths == ["/images.gz"]
-
-
 def test_a_data_set_is_downloaded_into_the_cache_and_then_found_there(
     folder, tmp_path, monkeypatch
 ):
-    asked = []
+    cache, asked = tmp_path / "home" / "data" / "mnist", []
 
-    def fetch(url, sha256, cache):
-        name = url.rsplit("/", 1)[-1]
-        asked.append(name)
+    def fetch(name, force):
+        asked.append((name, force))
         cache.mkdir(parents=True, exist_ok=True)
-        (cache / name).write_bytes((folder / name).read_bytes())
-        return cache / name
+        for file in FILES:
+            (cache / f"{file}.gz").write_bytes((folder / f"{file}.gz").read_bytes())
+        return cache
 
     monkeypatch.delenv("PELLUCID_DATA", raising=False)
     monkeypatch.setenv("PELLUCID_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(named, "fetch_file", fetch)
+    monkeypatch.setattr(named, "fetch_dataset", fetch)
     for _ in range(2):
         assert len(mnist().train.dataset) == 6
-    assert asked == [f"{name}.gz" for name in FILES]
+    (cache / f"{FILES[1]}.gz").unlink()  # as the message about a broken file says
+    assert len(mnist().train.dataset) == 6
+    assert asked == [("mnist", False), ("mnist", True)]
+
+
+CIFAR = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """A small CIFAR-10: 3 images in each file, red 1, green 2, blue 3, a corner that is theirs."""
+    monkeypatch.setattr(named, "_CIFAR_IMAGES", 3)
+    for i, name in enumerate(CIFAR):
+        images = np.broadcast_to(
+            np.array([1, 2, 3], np.uint8)[:, None, None], (3, 3, 32, 32)
+        ).copy()
+        images[:, :, 0, 31] = (np.arange(3) + 10 * i)[:, None]
+        labels = np.array([9, i, 0], np.uint8)
+        records = [
+            bytes([label]) + image.tobytes() for label, image in zip(labels, images, strict=True)
+        ]
+        (tmp_path / name).write_bytes(b"".join(records))
+    return tmp_path
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_cifar10_is_read_from_its_binary_files(cifar, packed):
+    if packed:
+        for name in CIFAR:
+            (cifar / f"{name}.gz").write_bytes(gzip.compress((cifar / name).read_bytes()))
+            (cifar / name).unlink()
+    data = cifar10(path=cifar)
+    (x, y), (vx, vy) = (loader.dataset.arrays for loader in (data.train, data.valid))
+    assert (x.shape, vx.shape, x.dtype) == ((15, 3, 32, 32), (3, 3, 32, 32), torch.uint8)
+    assert y.tolist() == [label for i in range(5) for label in (9, i, 0)]
+    assert vy.tolist() == [9, 5, 0]
+    assert x[:, 1, 0, 31].tolist() == [10 * i + j for i in range(5) for j in range(3)]
+    assert x[7, :, 5, 5].tolist() == [1, 2, 3]
+    assert data.n_classes == 10 and data.classes[3] == "cat" and data.classes[9] == "truck"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda content: content[:-1], "9,218 bytes, not 9,219"),
+        (lambda content: content[:3073], "3,073 bytes"),
+        (lambda content: b"", "0 bytes"),
+        (lambda content: b"\x0a" + content[1:], "a label 10"),
+    ],
+    ids=["cut", "one image", "empty", "label"],
+)
+@pytest.mark.parametrize("name", CIFAR[-2:])
+def test_a_broken_file_of_cifar10_is_named(cifar, name, spoil, why):
+    (cifar / name).write_bytes(spoil((cifar / name).read_bytes()))
+    with pytest.raises(DataError, match=why) as caught:
+        cifar10(path=cifar)
+    assert f"The file {cifar / name} is broken" in str(caught.value)
+
+
+def test_other_forms_of_cifar10_are_passed_over(cifar, nowhere, monkeypatch):
+    (cifar / "other" / "cifar10" / "train").mkdir(parents=True)
+    monkeypatch.setenv("PELLUCID_DATA", str(cifar / "other"))
+    with pytest.raises(DataNotFound, match="cifar10 is not on this machine"):
+        cifar10()
+    (cifar / "cifar10").mkdir()
+    for name in CIFAR:
+        (cifar / name).rename(cifar / "cifar10" / name)
+    monkeypatch.setenv("PELLUCID_DATA", str(cifar))
+    assert len(cifar10().train.dataset) == 15

@@ -12,7 +12,15 @@ from PIL import Image
 from torch import nn
 
 from pellucid import DataLoaders, Learner, cli
-from pellucid.data import DecodedImages, ImageFiles, Loader, Normalize, PerSample, read_labels
+from pellucid.data import (
+    DecodedImages,
+    ImageFiles,
+    Loader,
+    Normalize,
+    PerSample,
+    imagenette,
+    read_labels,
+)
 from pellucid.data.folder import shared_files, usual_side
 from pellucid.errors import DataError, DataNotFound, UnknownName
 from pellucid.metrics import accuracy
@@ -174,6 +182,20 @@ def test_the_usual_side_is_the_median_of_the_shorter_sides(images, tmp_path):
     assert usual_side(images) == 16
     (tmp_path / "empty").mkdir()
     assert usual_side(tmp_path / "empty") == 64
+
+
+def test_imagenette_is_found_and_its_classes_have_words(tmp_path, monkeypatch):
+    monkeypatch.setenv("PELLUCID_DATA", str(tmp_path))
+    for part, n in (("train", 3), ("val", 2)):
+        for code in ("n03888257", "n01440764"):
+            folder = tmp_path / "imagenette2-160" / part / code
+            folder.mkdir(parents=True)
+            for i in range(n):
+                pixels = np.random.default_rng(i).integers(0, 255, (30, 40, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.JPEG")
+    data = imagenette(size=32, batch_size=2)
+    assert data.classes == ["tench", "parachute"]
+    assert (len(data.train.dataset), len(data.valid.dataset)) == (6, 4)
 
 
 # ── what is kept ────────────────────────────────────────────────────────────────────────────────

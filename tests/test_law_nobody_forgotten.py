@@ -360,6 +360,15 @@ DATASETS = own(importlib.import_module("pellucid.data.named"), makes_data)
 EMBEDDED = {"digits"}
 """Those that ship with the package; the others need files."""
 
+FOLDERS = {"fashion_mnist": "fashion-mnist", "imagenette": "imagenette2-160"}
+
+
+def needs_files(name: str, request: pytest.FixtureRequest) -> None:
+    if name not in EMBEDDED:
+        folder = request.getfixturevalue("real_data") / FOLDERS.get(name, name)
+        if not folder.is_dir():
+            pytest.skip(f"no {folder.name} in PELLUCID_DATA")
+
 
 def test_the_walk_finds_the_data_sets():
     assert {"digits", "mnist", "fashion_mnist"} <= set(DATASETS)
@@ -368,8 +377,7 @@ def test_the_walk_finds_the_data_sets():
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_data_set_is_what_every_data_set_is(name, request):
-    if name not in EMBEDDED:
-        request.getfixturevalue("real_data")
+    needs_files(name, request)
     data = DATASETS[name](batch_size=32)
     assert data.n_classes == len(data.classes) == 10
     assert len(data.train.dataset) > len(data.valid.dataset) > 0
@@ -385,8 +393,7 @@ def test_a_data_set_is_what_every_data_set_is(name, request):
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_data_set_depends_on_its_seed_alone(name, request):
-    if name not in EMBEDDED:
-        request.getfixturevalue("real_data")
+    needs_files(name, request)
     batches = [pellucid.data.first(DATASETS[name](seed=seed).train) for seed in (0, 0, 1)]
     assert torch.equal(batches[0][1], batches[1][1])
     assert not torch.equal(batches[0][1], batches[2][1])

@@ -347,18 +347,19 @@ def test_a_message_about_a_list_of_batches_does_not_print_their_numbers():
 
 
 def test_a_data_set_that_is_nowhere(tmp_path, monkeypatch):
-    def fails(url, sha256, folder):
-        raise OSError("no route to host")
+    def fails(name, force):
+        raise DataNotFound("https://… could not be downloaded.", saw="no route to host")
 
     monkeypatch.delenv("PELLUCID_DATA", raising=False)
     monkeypatch.setenv("PELLUCID_HOME", str(tmp_path))
-    monkeypatch.setattr(named, "fetch_file", fails)
+    monkeypatch.setattr(named, "fetch_dataset", fails)
     assert str(slip(DataNotFound, mnist)) == (
         "mnist is not on this machine.\n"
-        f"  saw: looked in {tmp_path}/mnist; the download failed: no route to host\n"
+        f"  saw: looked in {tmp_path}/data/mnist; https://… could not be downloaded. "
+        "no route to host\n"
         "  do:  give the folder of its four files: path=...; or put them into a folder mnist and "
-        f"set PELLUCID_DATA to the folder above it; or put them into {tmp_path}/mnist; or let "
-        "this machine reach https://storage.googleapis.com/cvdf-datasets/mnist/."
+        f"set PELLUCID_DATA to the folder above it; or put them into {tmp_path}/data/mnist; or let "
+        "this machine reach https://storage.googleapis.com/cvdf-datasets/mnist."
     )
 
 

@@ -3,12 +3,12 @@
 from .dataloaders import DataLoaders
 from .datasets import ArrayDataset
 from .decoded import DecodedImages
-from .fetch import fetch, fetch_dataset, remove_dataset
+from .fetch import fetch_dataset, remove_dataset
 from .files import FileNames, scan
 from .images import ImageFiles, decode_image
 from .labels import encode, label_files, read_labels, vocabulary
 from .loader import Loader, check_length, first, length, preserved_order
-from .named import cifar10, digits, fashion_mnist, mnist
+from .named import cifar10, digits, fashion_mnist, imagenette, mnist
 from .splits import split_at_random, split_by_folder, split_by_list
 from .transforms import Normalize, PerSample, Reshape
 
@@ -28,9 +28,9 @@ __all__ = [
     "digits",
     "encode",
     "fashion_mnist",
-    "fetch",
     "fetch_dataset",
     "first",
+    "imagenette",
     "label_files",
     "length",
     "mnist",

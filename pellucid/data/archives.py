@@ -37,8 +37,8 @@ _BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOF
 
 
 def unpack(
-    archive: Path,
-    folder: Path,
+    archive: str | Path,
+    folder: str | Path,
     *,
     max_entries: int = 1_000_000,
     max_bytes: int = 1 << 38,
@@ -108,7 +108,7 @@ def why_refused(name: str, windows: bool = os.name == "nt") -> str:
     parts = name.split("/")
     if "\0" in name:
         return "its name has a NUL in it"
-    if any("\ud800" <= character <= "\udfff" for character in name):
+    if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
         return "its name is no Unicode"
     if name.startswith("/"):
         return "its name is absolute"
@@ -166,7 +166,7 @@ class _Writer:
         self.archive, self.folder = archive, folder
         self.max_entries, self.max_bytes = max_entries, max_bytes
         self.n_entries = self.n_bytes = self.n_files = 0
-        self._made: set[Path] = set()
+        self._made = {"": folder}
 
     def refuse(self, name: str, why: str) -> NoReturn:
         raise DataError(
@@ -215,18 +215,16 @@ class _Writer:
         return [part for part in name.split("/") if part not in ("", ".")]
 
     def _make(self, name: str, parts: list[str]) -> Path:
-        path = self.folder
-        for part in parts:
-            path /= part
-            if path in self._made:
-                continue
+        place = "/".join(parts)
+        if place not in self._made:
+            path = self._make(name, parts[:-1]) / parts[-1]
             self._count(name, 0)
             try:
                 path.mkdir()  # exclusively: one that we did not make is another's, see _refuse_twin
             except FileExistsError:
                 self._refuse_twin(name)
-            self._made.add(path)
-        return path
+            self._made[place] = path
+        return self._made[place]
 
     def _count(self, name: str, size: int) -> None:
         self.admit(1, size, name)
@@ -300,8 +298,8 @@ class _Header(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             if len(buf) == 512 and not any(buf):
                 raise  # the block of zeros that stands at the end
-            reason = "it is cut off, or not an archive" if len(buf) < 512 else str(error)
-            raise tarfile.ReadError(reason) from None
+            why = "cut off" if len(buf) < 512 else f"damaged ({error})"
+            raise tarfile.ReadError(f"it is {why}, or not an archive") from None
         long = header.size > _MAX_HEADER
         if long and header.type in (b"x", b"g", b"X", b"L", b"K"):  # names that tarfile reads whole
             raise tarfile.ReadError("a name or remark is longer than 1 MiB")

@@ -23,6 +23,15 @@ _CIFAR_IMAGES = 10_000  # in each file
 _CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer",
                   "dog", "frog", "horse", "ship", "truck")  # fmt: skip
 
+_BROKEN = (OSError, EOFError, ValueError, IndexError, zlib.error)
+
+_IMAGENETTE_CLASSES = {
+    "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player",
+    "n03000684": "chain saw", "n03028079": "church", "n03394916": "French horn",
+    "n03417042": "garbage truck", "n03425413": "gas pump", "n03445777": "golf ball",
+    "n03888257": "parachute",
+}  # fmt: skip
+
 
 def digits(batch_size: int = 64, seed: int = 0) -> DataLoaders:
     """Load 1,797 handwritten digits of 8×8 pixels, which ship with the package.
@@ -122,11 +131,54 @@ def cifar10(batch_size: int = 64, path: str | Path | None = None, seed: int = 0)
         DataError: a file is broken.
     """
     folder = _find("cifar10", path, _CIFAR_FILES)
-    parts = [_read_cifar(folder / file) for file in _CIFAR_FILES]
+    files = [_packed_or_not(folder / file) or folder / file for file in _CIFAR_FILES]
+    parts = [_read_cifar(file) for file in files]
     train = [np.concatenate(arrays) for arrays in zip(*parts[:5], strict=True)]
     return DataLoaders.from_arrays(
         train, parts[5], batch_size=batch_size, classes=_CIFAR_CLASSES, seed=seed
     )
+
+
+def imagenette(
+    size: int = 160,
+    batch_size: int = 64,
+    path: str | Path | None = None,
+    cache: str | None = "auto",
+    seed: int = 0,
+) -> DataLoaders:
+    """Load Imagenette, version 2, photographs of ten easy classes of ImageNet (J. Howard, 2019).
+
+    9,469 images to train on, 3,925 to validate.
+
+    Args:
+        size: side of the squares they are scaled and cut to. The archive is chosen by it: the
+            one of 160 pixels (99 MB), of 320 (342 MB), or the whole one (1.6 GB).
+        batch_size: items in a training batch.
+        path: the unpacked folder, with train and val. By default it is looked for as
+            imagenette2-160 (-320, or imagenette2) in $PELLUCID_DATA and the user's cache, and
+            else downloaded to the latter.
+        cache: where decoded images are kept, as in `DataLoaders.from_folder`.
+        seed: of the training order.
+
+    Returns:
+        Inputs uint8 (n, 3, size, size), normalised on the device; 10 classes.
+
+    Raises:
+        DataNotFound: it is nowhere and cannot be downloaded.
+        DataError: a file is broken.
+    """
+    name = "imagenette2" + next((f"-{side}" for side in (160, 320) if size <= side), "")
+    near = Path(os.environ.get("PELLUCID_DATA") or "", name)
+    folder = Path(path) if path else near if near.is_dir() else fetch_dataset(name)
+    if not (folder / "train").is_dir():
+        raise DataNotFound(
+            f"{name} is not on this machine.",
+            saw=f"no folder train in {folder}",
+            do="give the unpacked folder, with train and val: path=...",
+        )
+    data = DataLoaders.from_folder(folder, size, batch_size, "folder", cache=cache, seed=seed)
+    data.classes = [_IMAGENETTE_CLASSES.get(label, label) for label in data.classes or []]
+    return data
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -139,17 +191,14 @@ def read_idx(path: Path) -> np.ndarray:
         DataError: the file is broken, or no IDX file of bytes.
     """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            content = file.read()
+        content = _content(path)
         if content[:3] != b"\0\0\x08":
             raise ValueError("it does not begin like an IDX file of bytes")
         shape = np.frombuffer(content, ">u4", count=content[3], offset=4).astype(int)
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))
         return values.reshape(shape).copy()
-    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
-        raise DataError(
-            f"The file {path} is broken.", saw=str(error), do="remove it, and fetch it again."
-        ) from None
+    except _BROKEN as error:
+        raise _broken(path, error) from None
 
 
 def _load_idx(
@@ -169,16 +218,29 @@ def _load_idx(
 
 def _read_cifar(path: Path) -> list[np.ndarray]:
     """Return images (n, 3, 32, 32) and labels (n), uint8, of one file of the binary version."""
-    content = np.fromfile(path, np.uint8)
-    broken = f"The file {path} is broken."
     wanted = _CIFAR_IMAGES * (1 + 3 * 32 * 32)  # a label, then the red, green and blue pixels
-    if len(content) != wanted:
-        saw = f"{len(content):,} bytes, not {wanted:,}"
-        raise DataError(broken, saw=saw, do="remove it, and fetch it again.")
-    records = content.reshape(_CIFAR_IMAGES, -1)
-    if (highest := int(records[:, 0].max())) >= len(_CIFAR_CLASSES):
-        raise DataError(broken, saw=f"a label {highest}", do="remove it, and fetch it again.")
-    return [records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]]
+    try:
+        content = _content(path)
+        if len(content) != wanted:
+            raise ValueError(f"{len(content):,} bytes, not {wanted:,}")
+        records = np.frombuffer(content, np.uint8).reshape(_CIFAR_IMAGES, -1)
+        images, labels = records[:, 1:].copy().reshape(-1, 3, 32, 32), records[:, 0].copy()
+        if (highest := int(labels.max())) >= len(_CIFAR_CLASSES):
+            raise ValueError(f"a label {highest}")
+        return [images, labels]
+    except _BROKEN as error:
+        raise _broken(path, error) from None
+
+
+def _content(path: Path) -> bytes:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        return file.read()
+
+
+def _broken(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"The file {path} is broken.", saw=str(error), do="remove it, and fetch it again."
+    )
 
 
 def _find(
@@ -198,7 +260,8 @@ def _find(
     for folder in folders:
         if all(_packed_or_not(folder / file) for file in files):
             return folder
-    failure = f"the folder given has not all {len(files)} files"
+    n_files = {4: "four", 6: "six"}[len(files)]
+    failure = f"the folder given has not all {n_files} files"
     if path is None:
         try:
             # forced if it is there, since then some of its files are not
@@ -206,7 +269,7 @@ def _find(
         except DataNotFound as error:
             failure = f"{error.args[0]} {error.args[1]}"
     ways = [
-        f"give the folder of its {len(files)} files: path=...",
+        f"give the folder of its {n_files} files: path=...",
         f"put them into a folder {name} and set PELLUCID_DATA to the folder above it",
         f"install Debian's package dataset-{name}" if system else f"put them into {cache}",
         f"let this machine reach {SOURCES[name][0].url.rsplit('/', 1)[0]}",
