@@ -146,6 +146,7 @@ class Learner:
                 try:
                     with self.around("around_batch"):
                         self._take(batch)
+                        self.x = self.data.prepare(self.x, self.training)
                         self.fire("before_batch")
                         with self.around("around_forward"):
                             self.preds = self.forward()
@@ -303,7 +304,7 @@ class Learner:
         self.tally = Tally(self.metrics, self.record if self.training else None, names)
 
     def _take(self, batch: Any) -> None:
-        """Bring a batch to the device and through the data's augmentation and transforms."""
+        """Bring a batch to the device."""
         if self.batch_index == self.n_batches:
             check_length(
                 self.batch_index + 1, self.n_batches, "train" if self.training else "validate"
@@ -312,7 +313,6 @@ class Learner:
             self.progress = self._progress(self.batch_index)
         x, y = tree.split(batch, self.data.n_inputs)
         self.x, self.y = tree.to_device(x, self.device), tree.to_device(y, self.device)
-        self.x = self.data.prepare(self.x, self.training)
 
     def _progress(self, n_done: int) -> float:
         n = self.n_batches or 1  # where the number is unknown, whole epochs count

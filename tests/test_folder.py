@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pellucid import DataLoaders, Learner, cli
+from pellucid import Callback, DataLoaders, Learner, cli
 from pellucid.data import (
     DecodedImages,
     ImageFiles,
@@ -407,6 +407,27 @@ def test_show_batch_refuses_what_is_no_image():
     data = DataLoaders.from_arrays((torch.randn(9, 4), torch.arange(9) % 3))
     with pytest.raises(ValueError, match="no images"):
         data.show_batch()
+
+
+def trained(images: Path, look: bool) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    data = DataLoaders.from_folder(images, 16, batch_size=8)
+    data.augment = [Augment(flip=0.5, shift=0.2, brightness=0.3, cutout=0.2)]
+    model = nn.Sequential(small_resnet(3, 8, (4, 8), 1), nn.Dropout(0.5), nn.Linear(8, 3))
+    learn = Learner(model, data, device="cpu")
+
+    class Look(Callback):
+        def after_batch(self, learn):
+            if learn.training:
+                learn.data.show_batch()
+
+    learn.fit(2, callbacks=[Look()] if look else [])
+    return list(model.state_dict().values())
+
+
+def test_looking_at_a_batch_in_the_middle_of_training_changes_nothing(images):
+    pairs = zip(trained(images, look=True), trained(images, look=False), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 # ── the whole way ───────────────────────────────────────────────────────────────────────────────

@@ -203,22 +203,22 @@ class DataLoaders:
 
     def prepare(self, x: Any, training: bool = False) -> Any:
         """Take inputs, on their device, through the augmentation (in training) and transforms."""
-        if training and self.augment:
-            x = self._augmented(x)
+        if training:
+            for fn, draws in zip(self.augment, self._draws(x), strict=True):
+                x = fn(x) if draws is None else fn(x, draws)
         for transform in self.transforms:
             x = transform(x)
         return x
 
-    def _augmented(self, x: Any) -> Any:
-        own = [fn.n_draws if isinstance(fn, PerSample) else 0 for fn in self.augment]
-        drawn, draws = getattr(self.train, "drawn", None), None
-        if drawn is not None and sum(own):
-            numbers = uniforms(drawn.seed, drawn.epoch, drawn.items.numpy(), sum(own))
-            draws = iter(torch.from_numpy(numbers).to(x.device, non_blocking=True).split(own, 1))
-        for fn in self.augment:
-            part = None if draws is None else next(draws)
-            x = fn(x, part) if isinstance(fn, PerSample) else fn(x)
-        return x
+    def _draws(self, x: Any) -> Sequence[Tensor | None]:
+        """Return the random numbers for each part of the augmentation; None: it draws itself."""
+        wanted = [fn.n_draws if isinstance(fn, PerSample) else 0 for fn in self.augment]
+        drawn = getattr(self.train, "drawn", None)
+        if drawn is None or not sum(wanted):
+            return [None] * len(wanted)
+        numbers = uniforms(drawn.seed, drawn.epoch, drawn.items.numpy(), sum(wanted))
+        draws = torch.from_numpy(numbers).to(x.device, non_blocking=True).split(wanted, 1)
+        return [part if n else None for n, part in zip(wanted, draws, strict=True)]
 
     def show_batch(self, n: int = 16) -> Figure:
         """Draw the next training images as the model gets them, augmented, with their classes.

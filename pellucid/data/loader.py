@@ -1,5 +1,6 @@
 """The Loader: whole batches by index, in an order that depends on seed and epoch alone."""
 
+import copy
 import math
 import sys
 from collections.abc import Generator, Iterable, Iterator
@@ -7,14 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import DataError, SetupError
 from ..randomness import permutation
-from .making import Job, without_our_frames
-from .workers import in_processes, in_threads
+from .making import Elsewhere, Job, without_our_frames
+from .workers import can_fork, in_processes, in_threads
 
 _NOTHING = torch.arange(0)
 
@@ -66,11 +68,14 @@ class Loader:
         seed: int = 0,
         workers: int = 0,
     ):
-        if batch_size < 1:
+        if not _is_whole(batch_size, 1):
             raise SetupError("A batch must have one item or more.", saw=f"batch_size={batch_size}")
-        self.dataset, self.batch_size = dataset, batch_size
+        if not _is_whole(workers, 0):
+            raise SetupError("Workers are counted: 0, 1, 2, ...", saw=f"workers={workers!r}")
+        _check_numbered(dataset)
+        self.dataset, self.batch_size = dataset, int(batch_size)
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
-        self.workers, self.timeout = workers, 60.0
+        self.workers, self.timeout = int(workers), 60.0
         self.epoch, self.drawn = 0, None
         if workers and hasattr(dataset, "batches"):
             raise SetupError(
@@ -96,6 +101,9 @@ class Loader:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """Give the batches of one epoch from the `start`-th on, without beginning a new one."""
+        if start < 0:
+            raise SetupError("Batches are numbered from 0.", saw=f"start={start}")
+        failed: Exception
         parts = self.order(epoch)[start * self.batch_size : len(self) * self.batch_size]
         parts = parts.split(self.batch_size) if len(parts) else ()
         items = iter(parts)
@@ -103,15 +111,20 @@ class Loader:
             for batch in self._made(epoch, start, parts):
                 self.drawn = Drawn(self.seed, epoch, next(items, _NOTHING))
                 yield batch
+            return
+        except Elsewhere as error:
+            failed = error.error
         except Exception as error:
-            error.__traceback__ = without_our_frames(error.__traceback__)
+            error.__traceback__ = without_our_frames(error)
             raise
+        # here, so that it does not drag along where it was unpacked
+        raise failed
 
     def _made(self, epoch: int, start: int, parts: tuple[Tensor, ...]) -> Iterable[Any]:
         if hasattr(self.dataset, "batches"):
             return self.dataset.batches(torch.cat(parts), self.batch_size) if parts else ()
         job = Job(self.dataset, self.seed, epoch, start)
-        if not self.workers or not parts:
+        if not self.workers or not parts or not can_fork():
             return map(job.batch, range(len(parts)), parts)
         if sys.platform == "linux":  # elsewhere a fork may break what the system's libraries hold
             return in_processes(job, parts, self.workers, self.timeout)
@@ -142,8 +155,8 @@ def first(loader: Iterable[Any]) -> Any:
     A `Loader` is left as it was: its next pass begins with this batch.
     """
     if isinstance(loader, Loader):
-        with preserved_order(loader):
-            return next(loader.batches(loader.epoch))
+        loader = copy.copy(loader)
+        loader.workers = 0  # they would be as many batches ahead, for nothing
     return next(iter(loader))
 
 
@@ -167,6 +180,23 @@ def preserved_order(*loaders: Any) -> Generator[None]:
             loader.epoch, loader.drawn = epoch, drawn
         for generator, state in states:
             generator.set_state(state)
+
+
+def _is_whole(number: Any, least: int) -> bool:
+    whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+    return whole and number >= least
+
+
+def _check_numbered(dataset: Any) -> None:
+    """Refuse what has no length or no items by number: a generator, a stream."""
+    makes_items = hasattr(dataset, "__getitem__") or hasattr(dataset, "batches")
+    if not makes_items or not hasattr(dataset, "__len__"):
+        raise SetupError(
+            "A Loader needs a data set with len() and items by number.",
+            saw=f"{type(dataset).__name__} without "
+            + ("__len__" if makes_items else "__getitem__"),
+            do="give it both methods, or a list; for a stream use torch's DataLoader.",
+        )
 
 
 def length(loader: Iterable[Any]) -> int | None:

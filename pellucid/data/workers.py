@@ -9,17 +9,21 @@ blocks nobody, and its pipe closes, which is heard at once.
 from __future__ import annotations
 
 import gc
+import math
 import mmap
 import multiprocessing
 import os
 import pickle
 import signal
-import traceback
+import sys
+import threading
 import warnings
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -27,12 +31,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DataError
-from ..tree import map_leaves
-from .making import Job
+from ..errors import DataError, SetupError
+from .making import Elsewhere, Failure, Job, packed
 
 _PREFETCH = 2
 """Batches that each worker may be ahead."""
+
+_IDLE = -1
+"""The mark of a worker that is at no item."""
+
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+
+
+def can_fork() -> bool:
+    """Whether this process may have worker processes; a worker itself may not."""
+    return not multiprocessing.current_process().daemon
 
 
 def in_processes(
@@ -50,33 +63,37 @@ def in_processes(
 
     Raises:
         DataError: a worker was killed, or hangs; it is said which, and over which item.
+        Elsewhere: a user's data set raised an error in a worker.
+        SetupError: a worker cannot be started.
     """
-    pool = _Pool(job, parts, n_workers, timeout)
+    pool = _Pool(job, parts, min(n_workers, len(parts)), timeout)
     try:
         pool.start()
         for number in range(len(parts)):
             yield pool.batch(number)
     finally:
-        pool.close()
+        try:
+            pool.close()
+        except BaseException:  # Ctrl-C as it was about to begin, or what it had kept waiting
+            pool.close()
+            raise
 
 
 def in_threads(job: Job, parts: Sequence[Tensor], n_workers: int) -> Generator[Any]:
     """Make batches in threads, where processes cannot be forked, and give them in order."""
     numbers = iter(range(len(parts)))
     with ThreadPoolExecutor(n_workers) as pool:
-        futures = deque(
+        ahead = deque(
             pool.submit(job.batch, number, parts[number])
-            for number, _ in zip(numbers, range(n_workers * _PREFETCH), strict=False)
+            for number in islice(numbers, n_workers * _PREFETCH)
         )
         try:
-            while futures:
-                yield futures.popleft().result()
-                futures.extend(
-                    pool.submit(job.batch, number, parts[number])
-                    for number, _ in zip(numbers, range(1), strict=False)
-                )
+            while ahead:
+                yield ahead.popleft().result()
+                for number in islice(numbers, 1):
+                    ahead.append(pool.submit(job.batch, number, parts[number]))
         finally:
-            for future in futures:
+            for future in ahead:
                 future.cancel()
 
 
@@ -90,20 +107,16 @@ class _Worker:
         self.process = fork.Process(
             target=_serve, args=(pool, index, theirs, inherited), daemon=True
         )
-        with warnings.catch_warnings():  # of threads at the fork: the child touches none of them
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self.process.start()
-        theirs.close()
         self.n_tasks = 0
-
-    def close(self) -> None:
-        self.pipe.close()
-        self.process.terminate()
-        self.process.join(5)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-        self.process.close()
+        try:
+            with warnings.catch_warnings():  # of threads at the fork: the child touches none
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self.process.start()
+        except BaseException:
+            self.pipe.close()
+            raise
+        finally:
+            theirs.close()
 
 
 class _Pool:
@@ -114,15 +127,27 @@ class _Pool:
         self.workers: list[_Worker] = []
         self.free = list(range(min(n_workers * _PREFETCH, len(parts))))
         self.slots: dict[int, int] = {}  # number of a batch -> its place in the shared memory
-        self.answers: dict[int, Any] = {}
-        self.marks = _shared((n_workers,), np.int64)  # the item that each worker is at
-        self.memory = _shared((len(self.free), len(parts[0]), *job.shape), np.uint8)
+        self.answers: dict[int, tuple[int, bytes, list[slice]]] = {}  # -> its maker, what it is
         self.next, self.owner = 0, os.getpid()
 
     def start(self) -> None:
-        with _deaf():
-            for index in range(self.n_workers):
-                self.workers.append(_Worker(self, index))
+        """Begin the processes, after the memory that they share with this one."""
+        try:
+            self.marks = _shared((self.n_workers,), np.int64)  # the item that each worker is at
+            self.marks[:] = _IDLE
+            room = self.job.room(len(self.parts[0]))
+            self.memory = _shared((len(self.free), *room), np.uint8)
+            with _undisturbed():
+                _check_room_for_files(3 * self.n_workers + 3)
+                for index in range(self.n_workers):
+                    self.workers.append(_Worker(self, index))
+        except OSError as error:
+            raise SetupError(
+                f"The system does not let worker {len(self.workers)} of {self.n_workers} start.",
+                saw=str(error),
+                do="use fewer workers, or raise the limit: `ulimit -n` of open files, `ulimit -u` "
+                "of processes, `ulimit -v` of memory.",
+            ) from None
 
     def batch(self, number: int) -> Any:
         """Return a batch, numbers in turn, while the workers are ahead with the next ones."""
@@ -130,17 +155,16 @@ class _Pool:
         while number not in self.answers:
             self._listen()
             self._hand_out()
-        slot, (index, answer) = self.slots.pop(number), self.answers.pop(number)
-        where = f"in worker {index} of {self.n_workers}"
-        if isinstance(answer, _Failure):
-            raise answer.error(where)
-        if self.job.in_place:
-            items = self.parts[number]
-            images = torch.from_numpy(self.memory[slot, : len(items)]).clone()
-            self.free.append(slot)
-            return self.job.finished(items, images, answer, where)
-        self.free.append(slot)
-        return _unpacked(answer)
+        slot, (index, content, filled) = self.slots.pop(number), self.answers.pop(number)
+        where, memory = f"in worker {index} of {self.n_workers}", self.memory[slot]
+        answer = pickle.loads(content, buffers=[memory[part].copy() for part in filled])
+        self.free.append(slot)  # for the next task, which is not yet handed out
+        if isinstance(answer, Failure):
+            raise Elsewhere(answer.error(where))
+        if not self.job.in_place:
+            return answer
+        images = torch.from_numpy(memory[: len(self.parts[number])]).clone()
+        return self.job.finished(self.parts[number], images, answer, where)
 
     def _hand_out(self) -> None:
         while self.free and self.next < len(self.parts):
@@ -150,7 +174,7 @@ class _Pool:
             self.slots[self.next] = self.free.pop()
             worker.n_tasks += 1
             try:
-                worker.pipe.send((self.next, self.slots[self.next]))
+                worker.pipe.send_bytes(pickle.dumps((self.next, self.slots[self.next])))
             except OSError:
                 raise self._dead(worker) from None
             self.next += 1
@@ -161,87 +185,89 @@ class _Pool:
         for index, worker in enumerate(self.workers):
             if worker.pipe in ready:
                 try:
-                    number, answer = worker.pipe.recv()
-                except (EOFError, OSError, pickle.UnpicklingError):
+                    content = worker.pipe.recv_bytes()
+                except (EOFError, OSError):
                     raise self._dead(worker) from None
+                number, answer, filled = pickle.loads(content)
                 worker.n_tasks -= 1
-                self.answers[number] = index, answer
+                self.answers[number] = index, answer, filled
             elif not ready and worker.n_tasks and self.marks[index] == before[index]:
-                raise self._hangs(index)
+                raise self._hangs(worker) if worker.process.is_alive() else self._dead(worker)
 
     def _dead(self, worker: _Worker) -> DataError:
         worker.process.join(5)
-        code, index = worker.process.exitcode or 0, self.workers.index(worker)
-        how = (
-            f"killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with code {code}"
-        )
+        code, index = worker.process.exitcode, self.workers.index(worker)
+        look = "look at that item with workers=0"
+        if code is not None and code < 0:
+            with suppress(ValueError):  # a signal without a name
+                code = signal.Signals(-code).name
+            how = f"it was killed by {code if isinstance(code, str) else f'signal {-code}'}"
+        else:
+            how = "it closed its pipe" if code is None else f"it ended itself with code {code}"
+        if code == "SIGKILL":
+            look = "most often the machine ran out of memory: use fewer workers or smaller batches"
         return DataError(
             f"Worker {index} of {self.n_workers} stopped in epoch {self.job.epoch}.",
-            saw=f"{how}, at {self._place(index)}",
-            do="SIGKILL often means that the machine had no memory left: fewer workers or smaller "
-            "batches; after another signal, look at that item with workers=0.",
+            saw=f"{how}, {self._place(index)}",
+            do=f"{look}.",
         )
 
-    def _hangs(self, index: int) -> DataError:
+    def _hangs(self, worker: _Worker) -> DataError:
+        index = self.workers.index(worker)
         return DataError(
             f"Worker {index} of {self.n_workers} has not moved on for {self.timeout:g} seconds "
             f"in epoch {self.job.epoch}.",
-            saw=f"it is at {self._place(index)}",
+            saw=f"it is {self._place(index)}",
             do="look at that item with workers=0, or give it more time: loader.timeout = 600.",
         )
 
     def _place(self, index: int) -> str:
         item = int(self.marks[index])
-        return "its start" if item < 0 else self.job.named(item)
+        return "between two batches" if item == _IDLE else f"at {self.job.named(item)}"
 
     def close(self) -> None:
         """End the processes; a pool inherited by another process is not its to end."""
-        if os.getpid() == self.owner:
-            with _deaf():
-                while self.workers:
-                    self.workers.pop().close()
-
-
-class _Failure:
-    """An exception on its way from a worker, if it can travel, else what it said."""
-
-    def __init__(self, error: Exception):
-        self.text = "".join(traceback.format_exception(error)).rstrip()
-        self.name, self.message = type(error).__name__, str(error)
+        if os.getpid() != self.owner:
+            return
         try:
-            self.packed: bytes | None = pickle.dumps(error)
-            pickle.loads(self.packed)
-        except Exception:
-            self.packed = None  # an odd constructor, or something in it that does not pickle
+            with _undisturbed():
+                self._end()
+        except BaseException:
+            if self.workers:  # Ctrl-C came just before it was made to wait
+                self.close()
+            raise
 
-    def error(self, where: str) -> Exception:
-        """Return the exception, with a note of the place and of the traceback over there."""
-        if self.packed is None:
-            error: Exception = DataError(f"{self.name}: {self.message}")
-        else:
-            error = pickle.loads(self.packed)
-        error.add_note(f"{where}; its traceback there:\n{self.text}")
-        return error
+    def _end(self) -> None:
+        workers, self.workers = self.workers, []
+        for worker in workers:
+            worker.pipe.close()
+            worker.process.kill()  # they hold nothing that would have to be put in order
+        for worker in workers:
+            worker.process.join(5)
+            with suppress(ValueError):  # the system waits for a disk, say: it ends later
+                worker.process.close()
 
 
 def _serve(pool: _Pool, index: int, pipe: Connection, inherited: list[Connection]) -> None:
     """Work in a process of its own until the pipe closes or the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the loop, which then ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.set_wakeup_fd(-1)  # it is the event loop's of the other process
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     for other in inherited:  # else a pipe would stay open when the loop's process is killed
         other.close()
     gc.freeze()  # what was inherited is not ours to collect
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # OpenMP's threads did not come along; it would wait for them
 
-    def mark(item: int) -> None:
-        pool.marks[index] = item
-
-    mark(-1)
     try:
         while _asked(pipe, pool.owner):
-            number, slot = pipe.recv()
-            pipe.send((number, _answer(pool, number, slot, mark)))
+            number, slot = pickle.loads(pipe.recv_bytes())
+            answer = pickle.dumps((number, *_answer(pool, index, number, slot)))
+            pool.marks[index] = _IDLE
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(Exception):  # what items print must not wait for an end by force
+                    stream.flush()
+            pipe.send_bytes(answer)
     except (EOFError, OSError):
         return
 
@@ -254,43 +280,62 @@ def _asked(pipe: Connection, parent: int) -> bool:
     return True
 
 
-def _answer(pool: _Pool, number: int, slot: int, mark: Any) -> Any:
-    items = pool.parts[number]
+def _answer(pool: _Pool, index: int, number: int, slot: int) -> tuple[bytes, list[slice]]:
+    items, mark = pool.parts[number], partial(pool.marks.__setitem__, index)
     try:
         if pool.job.in_place:
-            return pool.job.write(items, pool.memory[slot], mark)
-        return _packed(pool.job.collate(number, items, mark))
-    except Exception as error:
-        return _Failure(error)
-
-
-def _packed(batch: Any) -> Any:
-    """Return a batch with numpy arrays for tensors, which travel faster."""
-
-    def pack(leaf: Any) -> Any:
-        plain = isinstance(leaf, Tensor) and leaf.layout == torch.strided
-        return leaf.numpy() if plain and leaf.dtype != torch.bfloat16 else leaf
-
-    return map_leaves(pack, batch)
-
-
-def _unpacked(batch: Any) -> Any:
-    return map_leaves(
-        lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, batch
-    )
+            return packed(pool.job.write(items, pool.memory[slot], mark))
+        batch = pool.job.collate(number, items, mark)
+        try:
+            return packed(batch, pool.memory[slot])
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise DataError(
+                f"Batch {pool.job.start + number} cannot be sent from a worker.",
+                saw=f"{type(error).__name__}: {error}",
+                do="define the types of its parts at the top of a module, or use workers=0.",
+            ) from None
+    except BaseException as error:
+        if not isinstance(error, Exception):  # SystemExit, say: it would end this process alone
+            item = pool.job.named(int(pool.marks[index]))
+            error.add_note(f"raised by {item} of the data set, epoch {pool.job.epoch}")
+        return packed(Failure(error))
 
 
 def _shared(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Return an array whose memory a forked process shares."""
-    n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer(mmap.mmap(-1, max(n_bytes, 1)), dtype, int(np.prod(shape))).reshape(shape)
+    """Return an array, all 0, whose memory a forked process shares."""
+    n = math.prod(shape)
+    return np.frombuffer(mmap.mmap(-1, n * np.dtype(dtype).itemsize), dtype).reshape(shape)
+
+
+def _check_room_for_files(n: int) -> None:
+    """Raise OSError if `n` files cannot be opened; multiprocessing would lose some half-way."""
+    opened = []
+    try:
+        for _ in range(n):
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for file in opened:
+            os.close(file)
 
 
 @contextmanager
-def _deaf() -> Generator[None]:
-    """Let Ctrl-C wait until the block is done: no process is begun and then forgotten."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
+def _undisturbed() -> Generator[None]:
+    """Let Ctrl-C and SIGTERM wait until the block is done: no process is begun and then forgotten.
+
+    They are blocked in this thread, and so at first in a process that it forks. Another thread
+    may take them all the same, and what Python then does it does in the main thread: so there the
+    handlers are exchanged too.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    heard: list[int] = []
+    with ExitStack() as stack:  # unwound from the bottom to the top, whatever any step raises
+        stack.callback(lambda: signal.raise_signal(max(heard)) if heard else None)
+        if threading.current_thread() is threading.main_thread():
+            for number in _ENDING:
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    stack.callback(signal.signal, number, handler)
+                    signal.signal(number, lambda number, _: heard.append(number))
+        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
