@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Array = Tensor | np.ndarray
-Transform = Callable[[Any], Any]
+Transform = Callable[..., Any]
 
 
 class DataLoaders:
