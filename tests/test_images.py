@@ -45,7 +45,7 @@ FORMATS = {
     "BMP": {},
 }
 randomly = settings(
-    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150
 )
 
 
@@ -76,7 +76,8 @@ def decoded(content, size=None, fit="crop"):
 def smooth(height, width, seed=0):
     """Make a picture whose neighbouring pixels are alike, as a photograph's are."""
     rng = np.random.default_rng(seed)
-    spectrum = np.fft.rfft2(rng.normal(size=(3, height, width)))
+    noise = rng.normal(size=(3, height, width))
+    spectrum = np.fft.rfft2(noise[:1] + noise / 4)  # colours mostly change together
     far = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     waves = np.fft.irfft2(
         spectrum / np.maximum(far, 1 / max(height, width)) ** 1.3, (height, width)
@@ -107,7 +108,7 @@ def refusal(root, name="a.jpg", content=None, **options):
     text.encode()  # any terminal prints it
     first, saw, do = text.splitlines()
     assert first.startswith(f"The file {root}/") and first.endswith("cannot be read as an image.")
-    assert saw == f"  saw: {reason}" and "0x" not in saw
+    assert saw == f"  saw: {reason}" and "object at" not in saw
     assert re.search(r'do:  mend or remove it, or .*bad="skip"', do)
     return text
 
@@ -386,7 +387,7 @@ MODES = {
     ),
     "RGB PNG, one colour transparent": lambda: (
         encoded(Image.fromarray(THREE), transparency=tuple(THREE[3, 4].tolist())),
-        np.where((THREE == THREE[3, 4]).all(2, keepdims=True), 255, THREE),
+        np.where((THREE[3, 4] == THREE).all(2, keepdims=True), 255, THREE),
         0,
     ),
     "RGB PNG": lambda: (encoded(THREE), THREE, 0),
@@ -491,10 +492,11 @@ def test_an_image_lies_as_its_exif_data_say(turn, kind, order):
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("turn", UPRIGHT)
 def test_a_turned_image_is_fitted_upright(turn, fit):
-    for stored, size in ((smooth(24, 40), (20, 12)), (smooth(160, 256), (36, 20))):
-        content = encoded(stored, "JPEG", quality=95, exif=exif(turn))
-        upright = encoded(np.ascontiguousarray(UPRIGHT[turn](stored)), "JPEG", quality=95)
-        assert apart(decoded(content, size, fit), decoded(upright, size, fit)).mean() < 1.5
+    for stored, size in ((smooth(24, 40), (20, 12)), (smooth(165, 251), (36, 20))):
+        lying = size[::-1] if turn > 4 else size
+        expected = UPRIGHT[turn](decoded(encoded(stored, "JPEG"), lying, fit))
+        found = decoded(encoded(stored, "JPEG", exif=exif(turn)), size, fit)
+        assert np.array_equal(found, expected)
 
 
 def test_exif_data_may_come_without_jfif():
@@ -503,6 +505,9 @@ def test_exif_data_may_come_without_jfif():
     data = exif(6)
     alone = content[:2] + b"\xff\xe1" + struct.pack(">H", len(data) + 2) + data + content[20:]
     assert np.array_equal(decoded(alone, (40, 24)), UPRIGHT[6](decoded(content)))
+    xmp = b"\xff\xe1" + struct.pack(">H", 42) + b"http://ns.adobe.com/xap/1.0/".ljust(40, b"\0")
+    later = content[:2] + xmp + alone[2:]
+    assert np.array_equal(decoded(later, (40, 24)), UPRIGHT[6](decoded(content)))
 
 
 def test_what_only_looks_like_exif_turns_nothing():

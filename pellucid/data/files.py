@@ -67,7 +67,8 @@ class FileNames(Sequence[str]):
 
     def path(self, index: int) -> str:
         """Return the full path of a file, ready to be opened."""
-        return f"{self._root.rstrip('/')}/{self[index]}"
+        name = os.fsdecode(self._bytes(self._starts[index]))
+        return f"{self._root.rstrip('/')}/{name}"
 
     @overload
     def __getitem__(self, index: int) -> str: ...

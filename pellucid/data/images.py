@@ -143,8 +143,13 @@ def decode_image(content: bytes, out: np.ndarray, fit: str = "crop") -> None:
         _decode_with_pillow(content, out, fit)
         return
     turn, fast = _turn_of(content), _simplejpeg()
-    if fast is None or not _decode_common(fast, content, out, fit, turn):
-        _decode_with_pillow(content, out, fit, turn)
+    try:
+        if fast is not None and _decode_common(fast, content, out, fit, turn):
+            return
+    except ValueError as error:
+        if str(error).startswith(("Corrupt", "Premature")):  # other warnings spoil no pixels
+            raise
+    _decode_with_pillow(content, out, fit, turn)
 
 
 def image_size(path: str) -> tuple[int, int] | None:
@@ -180,7 +185,7 @@ def _content(path: str) -> bytes:
     """Read a file; a third of the time of `open(path, "rb").read()`, much for a small image."""
     file = os.open(path, _OPENING)
     try:
-        content = os.read(file, _MOST)
+        content = os.read(file, _MOST)  # less than that is all: no `fstat` for small files
         if len(content) == _MOST:
             parts = [content]
             while part := os.read(file, max(os.fstat(file).st_size - _MOST, _MOST)):
@@ -194,7 +199,7 @@ def _content(path: str) -> bytes:
 
 
 def _turn_of(content: bytes) -> int:
-    """Return EXIF's orientation of a JPEG, 1 to 8; what is no proper EXIF counts as 1."""
+    """Return EXIF's orientation of a JPEG, which may be any number; 1 if it has none."""
     if content.find(b"Exif\0\0", 0, _MOST) < 0:
         return 1
     at = 2
@@ -219,7 +224,7 @@ def _orientation(tiff: bytes) -> int:
     for entry in range(start + 2, start + 2 + 12 * count, 12):
         tag, kind, _, value = struct.unpack_from(order + "HHIH", tiff, entry)
         if tag == _ORIENTATION:
-            return value if kind == 3 and value in _PLACES else 1
+            return value if kind == 3 else 1
     return 1
 
 
@@ -232,7 +237,8 @@ def _shrunk(height: int, width: int, shape: Sequence[int], fit: str) -> int:
 
     Not 3/8, 5/8, 6/8 or 7/8, which take longer than 4/8 or 8/8: 0.77, 1.06, 1.24, 1.53 ms against
     0.71 and 0.85 (500×375 at quality 90). And as far as it goes: to leave at least 1.5 or 2 times
-    the sides costs the gain, 160 of 375 then take 8/8, and 4/8 differs from that by 41 dB.
+    the sides costs the gain: 160 of 375 then take 8/8, from which 4/8 differs by 41 dB, 1.5 levels
+    of 255 on average, in 20 % less time.
     """
     factors = shape[0] / height, shape[1] / width
     factor = min(factors) if fit == "pad" else max(factors)
