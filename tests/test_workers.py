@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
