@@ -36,7 +36,7 @@ import numpy as np
 import simplejpeg
 import torch
 from measure import in_turns, report, spread, table
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
@@ -101,10 +101,13 @@ def image_files(names: FileNames, side: int) -> ImageFiles:
     return ImageFiles(names, np.unique(folders, return_inverse=True)[1], side)
 
 
+def contents(names: FileNames) -> list[bytes]:
+    return [Path(names.path(item)).read_bytes() for item in range(len(names))]
+
+
 def kilobytes(names: FileNames) -> float:
     """Return the mean size of the files."""
-    sizes = [Path(names.path(item)).stat().st_size for item in range(len(names))]
-    return statistics.mean(sizes) / 1e3
+    return statistics.mean(map(len, contents(names))) / 1e3
 
 
 # ── how torch's users decode ────────────────────────────────────────────────────────────────────
@@ -197,14 +200,14 @@ def missing(peer: str) -> str:
         if needs_stand_ins():
             stand_in_for_cuda()
         if peer == "torchvision":
-            import torchvision.io as io
+            from torchvision.io import decode_jpeg
 
-            io.decode_jpeg(torch.frombuffer(simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8)),
-                                            dtype=torch.uint8))  # fmt: skip
+            small = bytearray(simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8)))
+            decode_jpeg(torch.frombuffer(small, dtype=torch.uint8))
         else:
             import fastai.vision.all  # noqa: F401
     except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        return f"{peer} left out: {error}."
+        return f"{peer} left out: {str(error).splitlines()[0]}."
     finally:
         torch.set_num_threads(1)
     return ""
@@ -218,6 +221,7 @@ def needs_stand_ins() -> bool:
     return b"libtorch_cuda.so" in Path(found.origin).with_name("image.so").read_bytes()
 
 
+@cache
 def stand_in_for_cuda() -> None:
     """Load empty libraries in place of torch's CUDA, so that PyPI's torchvision can be imported.
 
@@ -340,8 +344,8 @@ def small(folder: Path) -> list[str]:
     """Decode CIFAR-10, where what surrounds decoding counts."""
     files = image_files(small_files(folder), SMALL_SIDE)
     loaders: dict[str, Iterable[Any]] = {
-        f"pellucid, {workers} workers": Loader(files, BATCH, shuffle=True, workers=workers)
-        for workers in (2, 1, 0)
+        f"pellucid, {n} worker{'s' * (n != 1)}": Loader(files, BATCH, shuffle=True, workers=n)
+        for n in (2, 1, 0)
     }
     loaders |= {
         "pellucid, 2 threads": Threads(files),
@@ -426,17 +430,14 @@ def until_first(begin: Callable[[], Iterator[Any]]) -> float:
 
 def limits(folder: Path) -> list[str]:
     """Decode alone, from memory, in two processes: no file, no scaling, no batch."""
-    rows, photographs, icons = [], big_files(folder), small_files(folder)
-    for names, least, times in (
-        (photographs, 0, 1),
-        (photographs, BIG_SIDE, 1),
-        (icons, 0, 5),
-    ):
-        contents = [Path(names.path(item)).read_bytes() for item in range(len(names))] * times
-        rates = [decoding_alone(contents, least) for _ in range(REPEATS["limits"] + 1)][1:]
-        shape = simplejpeg.decode_jpeg(contents[0], "RGB", False, False, least, least).shape
-        kind = "big" if names is photographs else "small"
-        rows.append([kind, f"{shape[1]}×{shape[0]}", spread(rates, 0)])
+    held = {"big": contents(big_files(folder)), "small": contents(small_files(folder)) * 5}
+    runs = {
+        ("big", "500×375"): partial(decoding_alone, held["big"], 0),
+        ("big", "250×188"): partial(decoding_alone, held["big"], BIG_SIDE),
+        ("small", "32×32"): partial(decoding_alone, held["small"], 0),
+    }
+    rates = in_turns(runs, REPEATS["limits"], lambda run: run())
+    rows = [[*what, spread(found, 0)] for what, found in rates.items()]
     return [table(["files", "decoded to", "images/s"], rows)]
 
 
@@ -465,7 +466,7 @@ def decoding_alone(contents: list[bytes], least: int) -> float:
 def quality(folder: Path) -> list[str]:
     """Compare pixels with an image decoded in full and scaled by Pillow with antialiasing."""
     names = big_files(folder)
-    contents = [names.path(item) for item in range(0, len(names), len(names) // 200)]
+    paths = [names.path(item) for item in range(0, len(names), len(names) // 200)]
     ways = {
         "pellucid": with_pellucid,
         "simplejpeg in full, torch's scaling": with_simplejpeg_in_full,
@@ -477,15 +478,20 @@ def quality(folder: Path) -> list[str]:
     for name, decode in ways.items():
         row = [name]
         for kind in filters.values():
-            pairs = [(decode(path), fitted(path, kind)) for path in contents]
-            differences = [image.astype(np.float64) - other for image, other in pairs]
-            squares = [max(float((one**2).mean()), 1e-3) for one in differences]
-            row.append(f"{statistics.mean(float(np.abs(one).mean()) for one in differences):.2f}")
-            row.append(f"{statistics.mean(10 * np.log10(255**2 / one) for one in squares):.1f}")
+            pairs = [(decode(path).astype(float), fitted(path, kind)) for path in paths]
+            row += ["0", "∞"] if (decode, kind) == (fitted, filters["bilinear"]) else apart(pairs)
         rows.append(row)
     heads = ["160×160 by"]
     heads += [f"{what} {kind}" for kind in filters for what in ("mean difference to", "PSNR to")]
     return ["200 of the big files; differences in grey levels, PSNR in dB.", table(heads, rows)]
+
+
+def apart(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[str]:
+    """Return how far apart the images of each pair are: mean difference and PSNR."""
+    differences = [one - other for one, other in pairs]
+    ratios = [10 * np.log10(255**2 / (one**2).mean()) for one in differences]
+    mean = statistics.mean(float(np.abs(one).mean()) for one in differences)
+    return [f"{mean:.2f}", f"{statistics.mean(map(float, ratios)):.1f}"]
 
 
 def with_pellucid(path: str) -> np.ndarray:
@@ -505,11 +511,14 @@ def with_simplejpeg_in_full(path: str) -> np.ndarray:
 def fitted(
     path: str, kind: Image.Resampling = Image.Resampling.BILINEAR, draft: bool = False
 ) -> np.ndarray:
-    """Cut out the middle square and scale it by Pillow."""
+    """Cut out the middle square and scale it by Pillow; of a half size, the same square."""
     image = Image.open(path)
+    width, height = image.size
     if draft:
         image.draft("RGB", (BIG_SIDE, BIG_SIDE))
-    return np.asarray(ImageOps.fit(image.convert("RGB"), (BIG_SIDE, BIG_SIDE), kind))
+    k, left = width / image.width, (width - height) // 2
+    box = left / k, 0, (left + height) / k, height / k
+    return np.asarray(image.convert("RGB").resize((BIG_SIDE, BIG_SIDE), kind, box))
 
 
 # fastai is large, and a large process forks slowly: the part that imports it comes last

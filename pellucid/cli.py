@@ -5,7 +5,9 @@ torch is imported inside the commands, so that `--help` and a slip of the pen an
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from . import __version__
-from .errors import DataNotFound, PellucidError, SetupError, UnknownName, did_you_mean
+from .errors import DataError, DataNotFound, PellucidError, SetupError, UnknownName, did_you_mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,10 +41,11 @@ class Recipe:
     batch_size: int
     lr: float = 0.01
     model: str = "small_resnet"
+    brightest: int = 255  # the value of a white pixel
 
 
 RECIPES = {
-    "digits": Recipe("digits", epochs=10, batch_size=64),
+    "digits": Recipe("digits", epochs=10, batch_size=64, brightest=16),
     "mnist": Recipe("mnist", epochs=3, batch_size=128),
     "fashion-mnist": Recipe("fashion_mnist", epochs=5, batch_size=128),
     "cifar10": Recipe("cifar10", epochs=5, batch_size=128),
@@ -161,9 +164,11 @@ def show(source: Source, /, *, reading: Reading = _READING, out: Out = None) -> 
         print(f"{source}: {n_train:,} images to train on, {n_valid:,} to validate")
         print(f"{data.n_classes} classes: {', '.join(data.classes or [])}")
     else:
-        from .data.folder import shared_files
+        from .data.folder_report import shared_files
 
         print(data.report)
+        if data.report.bad:
+            print("  note     `train` refuses them unless it is told --bad skip or set-aside")
         shared = shared_files(data.train.dataset.names, data.valid.dataset.names)
         for valid, train in list(shared.items())[:1]:
             print(f"  note     {len(shared):,} validation images are training images too: {valid}, "
@@ -176,14 +181,16 @@ def show(source: Source, /, *, reading: Reading = _READING, out: Out = None) -> 
 
 
 @app.command
-def predict(run: Run, /, *images: Annotated[Path, Parameter(help="Image files.")]) -> None:
+def predict(
+    run: Run, /, *images: Annotated[Path, Parameter(help="Image files, or folders of them.")]
+) -> None:
     """Say which class each image is of, by a trained model, and how sure the model is."""
     from .trained import Trained
 
     if not images:
         raise SetupError("There is no image to look at.", do=f"pellucid predict {run} IMAGE...")
     n_broken = 0
-    for image, answer in Trained.load(run).predict(images):
+    for image, answer in Trained.load(run).predict(_files(images)):
         n_broken += isinstance(answer, PellucidError)
         if isinstance(answer, PellucidError):
             print(answer, file=sys.stderr)
@@ -202,6 +209,9 @@ def main() -> None:
         app(sys.argv[1:], exit_on_error=False)
     except CycloptsError:
         sys.exit(2)  # its message is on the screen already
+    except BrokenPipeError:  # whoever was reading has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except PellucidError as error:
         print(error, file=sys.stderr)
         sys.exit(2 if isinstance(error, SetupError) else 1)
@@ -209,9 +219,13 @@ def main() -> None:
 
 def _recipe(source: str) -> Recipe:
     if source in RECIPES:
+        if Path(source).is_dir():
+            print(f"the data set {source}; the folder of that name is ./{source}", file=sys.stderr)
         return RECIPES[source]
     if Path(source).is_dir():
         return FOLDER
+    if Path(source).exists():
+        raise DataError(f"{source} is a file.", do="give the folder of the images.")
     what = f"There is no data set {source!r}, and no folder of that name."
     if "/" in source or "\\" in source:
         raise DataNotFound(what, do="check the path.")
@@ -222,26 +236,27 @@ def _load(source: str, reading: Reading, looking: bool = False) -> DataLoaders:
     """Load a data set; to look at a folder, read every image and keep none."""
     recipe = _recipe(source)
     from . import data
-    from .data.folder import usual_side
+    from .data.folder_report import usual_side
     from .vision import Augment
 
-    size = recipe.batch_size if reading.batch_size is None else reading.batch_size
-    size = _SHOWN if looking else size
+    usual = _SHOWN if looking else recipe.batch_size
+    batch_size = usual if reading.batch_size is None else reading.batch_size
     if recipe is FOLDER:
         cache = None if looking or reading.cache == "none" else reading.cache
+        size = min(usual_side(source), _SIDE) if reading.size is None else reading.size
         bad = "skip" if looking else reading.bad
         loaders = data.DataLoaders.from_folder(
-            source,
-            reading.size or min(usual_side(source), _SIDE),
-            size,
-            cache=cache,
-            bad=bad,
-            seed=reading.seed,
+            source, size, batch_size, cache=cache, bad=bad, seed=reading.seed
         )
         if not looking:
             print(loaders.report)
     else:
-        loaders = getattr(data, recipe.loader)(batch_size=size, seed=reading.seed)
+        if (reading.size, reading.cache, reading.bad) != (None, "auto", "raise"):
+            raise SetupError(
+                f"--size, --cache and --bad are for folders of images; {source} is a data set.",
+                do=f"leave them out; a folder of that name is ./{source}",
+            )
+        loaders = getattr(data, recipe.loader)(batch_size=batch_size, seed=reading.seed)
     if reading.flip or reading.shift:
         loaders.augment.append(Augment(flip=0.5 * reading.flip, shift=reading.shift))
     return loaders
@@ -259,21 +274,38 @@ def _learner(source: str, training: Training, reading: Reading) -> tuple[Learner
 
     data = _load(source, reading)
     seed_everything(reading.seed)
-    trained = Trained.on(data, name)
+    trained = Trained.on(data, name, _recipe(source).brightest)
     return Learner(trained.model, data, metrics=[accuracy], device=training.device), trained
 
 
 def _save_run(learn: Learner, trained: Trained, folder: Path) -> None:
-    trained.save(folder)
     learn.record.save(folder / "record.json")
+    trained.save(folder)
     print(f"weights and record: {folder / 'model.safetensors'}, {folder / 'record.json'}")
     if len(learn.record.batches):
         _save(learn.record.plot(), folder / "training.png", "picture of the run")
 
 
+def _files(images: Sequence[Path]) -> list[Path]:
+    """Return the files given, and those in the folders given."""
+    from .data import scan
+
+    found: list[Path] = []
+    for image in images:
+        found += [image / name for name in scan(image)] if image.is_dir() else [image]
+    return found
+
+
 def _folder(out: Path | None, source: str) -> Path:
     folder = out or Path("runs") / Path(source).resolve().name
-    folder.mkdir(parents=True, exist_ok=True)
+    if source not in RECIPES and folder.resolve().is_relative_to(Path(source).resolve()):
+        what = f"What is saved, in {folder}, would lie among the images."
+        raise SetupError(what, do="go elsewhere, or --out FOLDER")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"The folder {folder} for what is saved cannot be made."
+        raise SetupError(what, saw=error.strerror or "", do="--out FOLDER") from None
     return folder
 
 

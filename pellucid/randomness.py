@@ -5,14 +5,29 @@ as easy as 1, 2, 3", 2011): the same on any machine, whoever asks and in whateve
 here reads or moves the global generators of Python, numpy or torch.
 """
 
+import operator
 from collections.abc import Sequence
 
 import numpy as np
+
+from .errors import SetupError
 
 _MASK = 2**64 - 1
 _LOW = np.uint64(2**32 - 1)
 _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64)
 _KEY_STEPS = np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint64)
+
+
+def checked_seed(seed: object) -> int:
+    """Return a seed as Python's integer, whatever integer it is.
+
+    Raises:
+        SetupError: it is none.
+    """
+    try:
+        return operator.index(seed)  # ty: ignore[invalid-argument-type]
+    except TypeError:
+        raise SetupError("A seed is a whole number.", saw=f"seed={seed!r}") from None
 
 
 def words(seed: int, epoch: int, n: int) -> np.ndarray:

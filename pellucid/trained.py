@@ -45,17 +45,16 @@ class Trained:
     brightest: int
 
     @classmethod
-    def on(cls, data: DataLoaders, name: str) -> Trained:
-        """Make a model for image data that are normalised by their first transform."""
+    def on(cls, data: DataLoaders, name: str, brightest: int = 255) -> Trained:
+        """Make a model for image data that are normalised."""
         x = first(data.train)[0]
         normalize = next(fn for fn in data.transforms if isinstance(fn, Normalize))
         shape, classes = (x.shape[1], x.shape[2], x.shape[3]), data.classes or []
         mean, std = normalize.mean.flatten().tolist(), normalize.std.flatten().tolist()
-        brightest = 16 if x.max() <= 16 else 255  # the embedded digits have 17 levels
         return cls(_build(name, shape, len(classes)), name, shape, classes, mean, std, brightest)
 
     @classmethod
-    def load(cls, folder: Path) -> Trained:
+    def load(cls, folder: str | Path) -> Trained:
         """Read what `save` wrote.
 
         Raises:
@@ -64,13 +63,15 @@ class Trained:
         """
         from safetensors.torch import load_model
 
+        folder = Path(folder)
         if not (folder / _FACTS).is_file() or not (folder / _WEIGHTS).is_file():
             raise DataNotFound(
                 f"There is no trained model in {folder}.",
                 do="give the folder that `pellucid train` named at its end.",
             )
         try:
-            facts: dict[str, Any] = json.loads((folder / _FACTS).read_text())
+            facts: dict[str, Any] = json.loads((folder / _FACTS).read_text("utf-8"))
+            _check(facts)
             facts["shape"] = tuple(facts["shape"])
             model = _build(facts["name"], facts["shape"], len(facts["classes"]))
             load_model(model, str(folder / _WEIGHTS))
@@ -87,8 +88,8 @@ class Trained:
         from safetensors.torch import save_model
 
         facts = {key: value for key, value in vars(self).items() if key != "model"}
+        (folder / _FACTS).write_text(json.dumps(facts, indent=1), "utf-8")
         save_model(self.model, str(folder / _WEIGHTS))
-        (folder / _FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False))
 
     def predict(
         self, images: Sequence[Path]
@@ -97,8 +98,9 @@ class Trained:
 
         A coloured image for a model of grey ones is turned grey.
         """
-        files = ImageFiles(FileNames("/", [str(path.absolute())[1:] for path in images]),
-                           size=self.shape[1:])  # fmt: skip
+        images = [Path(image) for image in images]
+        names = FileNames("/", [str(path.absolute())[1:] for path in images])
+        files = ImageFiles(names, size=self.shape[1:])
         self.model.eval()
         for item, path in enumerate(images):
             pixels = np.empty(files.shape, np.uint8)
@@ -116,6 +118,20 @@ class Trained:
         if self.shape[0] == 1:
             x = (x * torch.tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
         return Normalize(self.mean, self.std)(x * (self.brightest / 255))
+
+
+def _check(facts: dict[str, Any]) -> None:
+    """Raise a ValueError unless these are facts that `save` could have written."""
+    numbers = [*facts["shape"], facts["brightest"], *facts["mean"], *facts["std"]]
+    if facts["name"] not in MODELS or len(facts["shape"]) != 3 or min(facts["shape"]) < 1:
+        raise ValueError(f"a model {facts['name']!r} for {facts['shape']}")
+    if not all(isinstance(number, (int, float)) for number in numbers) or min(facts["std"]) <= 0:
+        raise ValueError(f"numbers {numbers}")
+    words = isinstance(facts["classes"], list) and facts["classes"]
+    if not words or not all(isinstance(word, str) for word in facts["classes"]):
+        raise ValueError(f"classes {facts['classes']}")
+    if len(facts["mean"]) not in (1, facts["shape"][0]) or max(facts["shape"]) > 4096:
+        raise ValueError(f"images {facts['shape']}")
 
 
 def _build(name: str, shape: tuple[int, int, int], n_classes: int) -> nn.Module:

@@ -1,6 +1,7 @@
 """A folder of images as data: read, split, kept, augmented, shown, trained on, predicted."""
 
 import csv
+import json
 import os
 import re
 from pathlib import Path
@@ -21,7 +22,7 @@ from pellucid.data import (
     imagenette,
     read_labels,
 )
-from pellucid.data.folder import shared_files, usual_side
+from pellucid.data.folder_report import shared_files, usual_side
 from pellucid.errors import DataError, DataNotFound, UnknownName
 from pellucid.metrics import accuracy
 from pellucid.vision import Augment, small_resnet
@@ -72,6 +73,7 @@ def test_a_folder_with_train_and_valid_becomes_loaders_and_a_report(images):
     assert str(data.report) == (
         "colours: 36 images to train on, 36 to validate, 3 classes\n"
         "  classes  blue, green, red; 12 training images each\n"
+        "  split    by the folders train and valid\n"
         "  sizes    20×16 (of 72 looked at)"
     )
 
@@ -106,6 +108,48 @@ def test_splits_by_fraction_list_file_and_function(tmp_path):
     assert parts[1].names[0] == "green/06.png"
 
 
+@pytest.mark.parametrize(
+    ("split", "answer"),
+    [
+        (lambda names: (range(36), range(30, 36)), "into both parts(.|\n)*6 such"),
+        (lambda names: (range(36), []), "validation part must be numbers of files"),
+        (lambda names: ([-1, 2], [3]), "training part must be numbers of files"),
+        (lambda names: ([0, 1], [900]), "validation part must be numbers of files"),
+        (lambda names: ([0, 0], [3]), "training part must be numbers of files"),
+        ("random", "There is no split 'random'"),
+        (None, "must be 'auto'"),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused(split, answer, tmp_path):
+    root = make_folder(tmp_path / "plain", parts=(".",))
+    with pytest.raises((DataError, ValueError), match=answer):
+        DataLoaders.from_folder(root, 8, split=split)
+
+
+def test_a_split_may_be_two_masks(tmp_path):
+    root = make_folder(tmp_path / "plain", parts=(".",))
+
+    def masks(names):
+        chosen = np.array([name.endswith(("0.png", "1.png")) for name in names])
+        return ~chosen, chosen
+
+    parts = splits(root, split=masks)
+    assert (len(parts[0]), len(parts[1])) == (24, 12)
+
+
+def test_folders_in_capitals_are_train_and_valid_too(images):
+    (images / "train").rename(images / "Train")
+    (images / "valid").rename(images / "Val")
+    report = DataLoaders.from_folder(images, 8).report
+    assert report.split == "by the folders Train and Val"
+
+
+def test_files_in_neither_part_need_no_label(images):
+    Image.new("RGB", (9, 9)).save(images / "preview.png")
+    report = DataLoaders.from_folder(images, 8).report
+    assert "unused   1 file in neither part" in str(report)
+
+
 def test_labels_by_pattern_function_table_and_csv(images, tmp_path):
     by_pattern = DataLoaders.from_folder(images, 8, labels=re.compile(r"/(\w)\w+/"))
     assert by_pattern.classes == ["b", "g", "r"]
@@ -137,7 +181,7 @@ def test_the_report_notes_what_often_is_a_slip(images):
     text = str(DataLoaders.from_folder(images, 8).report)
     assert "training images from red 1 to " in text
     assert "20 to 99 wide, 16 to 50 high, 20×16 in the middle (of 50 looked at)" in text
-    assert "unused   1 files in other folders" in text
+    assert "unused   1 file in neither part" in text
     assert "note     one training image only: red" in text
     assert "note     no validation image: green" in text
 
@@ -223,7 +267,7 @@ def test_statistics_are_those_of_the_training_images(images):
 def test_what_is_kept_on_disk_is_found_again_until_a_file_changes(images, own_cache, monkeypatch):
     first = epoch(DataLoaders.from_folder(images, 12, cache="disk").train)
     kept = {path.name for path in (own_cache / "decoded").glob("*.npy")}
-    assert len(kept) == 2
+    assert len(kept) == 1
     with monkeypatch.context() as patch:
         patch.setattr(ImageFiles, "read", lambda *_: pytest.fail("it decodes again"))
         again = epoch(DataLoaders.from_folder(images, 12, cache="disk").train)
@@ -247,6 +291,41 @@ def test_a_cache_on_disk_that_was_not_finished_leaves_nothing(images, own_cache,
     assert not list((own_cache / "decoded").glob("*.np*"))
     assert not list((own_cache / "decoded").glob("*.part"))
     assert len(DataLoaders.from_folder(images, 12, cache="disk").train.dataset) == 36
+
+
+def test_a_damaged_cache_is_made_again(images, own_cache):
+    first = epoch(DataLoaders.from_folder(images, 12, cache="disk").train)[0]
+    kept = next((own_cache / "decoded").glob("*.npy"))
+    for damage in (
+        lambda: kept.with_suffix(".json").unlink(),
+        lambda: kept.write_bytes(kept.read_bytes()[:100]),
+    ):
+        damage()
+        assert torch.equal(epoch(DataLoaders.from_folder(images, 12, cache="disk").train)[0], first)
+
+
+def test_another_seed_does_not_decode_again(tmp_path, own_cache):
+    root = make_folder(tmp_path / "plain", parts=(".",))
+    for seed in range(3):
+        DataLoaders.from_folder(root, 12, cache="disk", seed=seed)
+    assert len(list((own_cache / "decoded").glob("*.npy"))) == 1
+
+
+def test_a_cache_that_cannot_be_written_says_so(images, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PELLUCID_HOME", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"cannot be kept in(.|\n)*PELLUCID_HOME"):
+        DataLoaders.from_folder(images, 12, cache="disk")
+
+
+def test_a_full_disk_is_an_error_not_a_bus_error(images, monkeypatch, own_cache):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(DataError, match="No space left"):
+        DataLoaders.from_folder(images, 12, cache="disk")
+    assert not list((own_cache / "decoded").glob("*.part"))
 
 
 def test_a_changed_image_in_memory_never_reaches_the_file(images):
@@ -298,6 +377,22 @@ def test_skipped_files_are_counted_and_the_rest_is_whole(cache, broken):
         x, y = epoch(data.train)
         assert torch.bincount(y).tolist() == [12, 12, 11]
         assert (x.flatten(1).max(1).values > 0).all()  # none is the black of a broken file
+
+
+def test_no_training_image_left_is_an_error(images):
+    for file in (images / "train").rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match="No training image can be read"):
+        DataLoaders.from_folder(images, 12, bad="skip")
+
+
+def test_what_a_link_leads_to_is_not_moved(broken, tmp_path):
+    (broken / "train" / "red").rename(tmp_path / "elsewhere")
+    (broken / "train" / "red").symlink_to(tmp_path / "elsewhere")
+    data = DataLoaders.from_folder(broken, 12, bad="set-aside")
+    assert len(data.train.dataset) == 35
+    assert (tmp_path / "elsewhere" / "05.png").exists()
+    assert (broken / ".set-aside" / "valid" / "blue" / "07.png").exists()
 
 
 def test_files_set_aside_are_out_of_the_way_and_listed(broken):
@@ -372,6 +467,19 @@ def test_several_augmentations_draw_each_their_own(images):
     next(iter(data.train))
     data.prepare(torch.zeros(36, 3, 8, 8), training=True)
     assert not torch.equal(seen[0], seen[1])
+
+
+def test_an_augmentation_of_ones_own_gets_floats_from_0_to_1(images):
+    class Dim(PerSample):
+        n_draws = 1
+
+        def apply(self, x, draws):
+            return x * (0.5 + 0.5 * draws.view(-1, 1, 1, 1))
+
+    data = DataLoaders.from_folder(images, 8)
+    data.augment = [Dim()]
+    x = next(iter(data.train))[0]
+    assert data.prepare(x, training=True).abs().max() < 5
 
 
 def test_augmentation_is_for_training_only(images):
@@ -473,6 +581,32 @@ def test_predict_names_a_broken_image_and_goes_on(images, tmp_path, monkeypatch,
     said = capsys.readouterr()
     assert "broken.jpg cannot be read as an image" in said.err and "gone.jpg" in said.err
     assert len(said.out.splitlines()) == 1
+
+
+def test_what_is_saved_may_not_lie_among_the_images(images, monkeypatch, capsys):
+    monkeypatch.chdir(images)
+    assert command(monkeypatch, "show", ".") == 2
+    assert "would lie among the images" in capsys.readouterr().err
+    assert not (images / "runs").exists()
+
+
+def test_options_for_folders_are_refused_for_data_sets(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for option in (("--size", "32"), ("--cache", "disk"), ("--bad", "skip")):
+        assert command(monkeypatch, "show", "digits", *option) == 2
+        assert "are for folders of images" in capsys.readouterr().err
+
+
+def test_a_model_whose_facts_were_tampered_with_is_refused(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, "train", str(images), "--epochs", "1") == 0
+    facts = json.loads((tmp_path / "runs/colours/model.json").read_text())
+    for slip in ({"name": "warp"}, {"std": [0, 1, 1]}, {"brightest": "x"}, {"classes": "ab"},
+                 {"shape": [3, 200_000, 200_000]}, {"mean": [0.1, 0.2]}):  # fmt: skip
+        (tmp_path / "runs/colours/model.json").write_text(json.dumps(facts | slip))
+        capsys.readouterr()
+        assert command(monkeypatch, "predict", "runs/colours", "a.jpg") == 1
+        assert "cannot be read" in capsys.readouterr().err
 
 
 def test_predict_without_a_run(tmp_path, monkeypatch, capsys):

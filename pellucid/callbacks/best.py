@@ -37,9 +37,7 @@ class Best(Callback):
         try:
             yield
         finally:
-            if self._state:
-                learn.model.load_state_dict(self._state)
-                self._state = {}
+            self.after_fit(learn)  # it was not heard if another's raised before
 
     def after_epoch(self, learn: Learner) -> None:
         """Copy the model's state if it is the best."""
@@ -49,3 +47,9 @@ class Best(Callback):
             self.row = best
             state = learn.model.state_dict()
             self._state = {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    def after_fit(self, learn: Learner) -> None:
+        """Put the best state into the model."""
+        if self._state:
+            learn.model.load_state_dict(self._state)
+            self._state = {}

@@ -18,7 +18,8 @@ from ..randomness import uniforms
 from ..snapshot import preserved_random_state
 from ..tree import describe, split
 from .datasets import ArrayDataset
-from .folder import FolderReport, Labels, Splitting, read_folder
+from .folder import Labels, Splitting, read_folder
+from .folder_report import FolderReport
 from .loader import Loader, first, length, preserved_order
 from .transforms import Normalize, PerSample
 
@@ -161,7 +162,7 @@ class DataLoaders:
 
         Inputs are uint8 (n, 3, h, w), normalised on the device by statistics of 512 training
         images. The classes are the labels of the training images, sorted. What was found is in
-        `report`. Images that are not kept are decoded in worker processes, one a core;
+        `report`. Images that are not kept are decoded in worker processes, one a core, at most 8;
         `data.train.workers = 0` changes that.
 
         Args:
@@ -187,7 +188,7 @@ class DataLoaders:
             DataNotFound: there is no such folder.
             DataError: no images, a broken one, no label, an unknown class, an empty part.
         """
-        workers = min(os.cpu_count() or 1, 8)
+        workers = min(_cores(), 8)
         train, valid, report = read_folder(path, size, split, labels, cache, bad, seed, workers)
         some = np.unique(np.linspace(0, len(train) - 1, 512).astype(int)).tolist()
         statistics = Normalize.of(torch.stack([train[item][0] for item in some]))
@@ -202,7 +203,10 @@ class DataLoaders:
         return data
 
     def prepare(self, x: Any, training: bool = False) -> Any:
-        """Take inputs, on their device, through the augmentation (in training) and transforms."""
+        """Take inputs, on their device, through the augmentation (in training) and transforms.
+
+        What is random for each sample is taken for those of the batch that `train` gave last.
+        """
         if training:
             for fn, draws in zip(self.augment, self._draws(x), strict=True):
                 x = fn(x) if draws is None else fn(x, draws)
@@ -214,7 +218,13 @@ class DataLoaders:
         """Return the random numbers for each part of the augmentation; None: it draws itself."""
         wanted = [fn.n_draws if isinstance(fn, PerSample) else 0 for fn in self.augment]
         drawn = getattr(self.train, "drawn", None)
-        if drawn is None or not sum(wanted):
+        if sum(wanted) and not isinstance(x, Tensor):
+            raise SetupError(
+                "Augmentation that draws for each sample takes one tensor of inputs.",
+                saw=describe(x),
+                do="write it as a function of all inputs, and let it draw for itself.",
+            )
+        if drawn is None or not sum(wanted) or len(drawn.items) != len(x):
             return [None] * len(wanted)
         numbers = uniforms(drawn.seed, drawn.epoch, drawn.items.numpy(), sum(wanted))
         draws = torch.from_numpy(numbers).to(x.device, non_blocking=True).split(wanted, 1)
@@ -224,7 +234,8 @@ class DataLoaders:
         """Draw the next training images as the model gets them, augmented, with their classes.
 
         What the transforms did to the values is undone, as far as they know how (`undo`), and the
-        brightest pixel is white. Nothing changes by looking: training will see this very batch.
+        values are stretched to the brightest. Nothing changes by looking: training will see this
+        very batch.
 
         Args:
             n: how many, at most.
@@ -234,6 +245,8 @@ class DataLoaders:
         """
         from ..plots import plot_images
 
+        if n < 1:
+            raise SetupError("Show one image or more.", saw=f"n={n}")
         with preserved_order(self.train), preserved_random_state():
             x, y = split(next(iter(self.train)), self.n_inputs)
             if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] not in (1, 3):
@@ -295,6 +308,11 @@ class DataLoaders:
         if self.classes is not None:
             parts.append(f"{len(self.classes)} classes")
         return f"DataLoaders({', '.join(parts)})"
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _unchanged(x: Tensor) -> Tensor:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from .datasets import ArrayDataset
 from .fetch import cache_folder
 from .images import ImageFiles, channels_first, engine
 from .making import Job
-from .workers import in_processes
+from .workers import made
 
-_BATCH = 256
+_BATCH, _TIMEOUT = 256, 60.0
 _FORM = 1  # of what is kept on disk; another number makes old files unknown
 
 
@@ -71,12 +73,7 @@ def decode_all(
     bad: dict[int, str] = {}
     job = Job(files, seed=0, epoch=0, on_bad=bad.__setitem__)
     parts = torch.arange(len(files)).split(_BATCH)
-    batches: Iterable = (
-        in_processes(job, parts, workers, timeout=60)
-        if workers
-        else map(job.batch, range(len(parts)), parts)
-    )
-    for items, (images, _) in zip(parts, batches, strict=True):
+    for items, (images, _) in zip(parts, made(job, parts, workers, _TIMEOUT), strict=True):
         if out is not None:
             out[items[0] : items[-1] + 1] = images.permute(0, 2, 3, 1).numpy()
         advance(len(items))
@@ -97,37 +94,70 @@ def decode_to_disk(
     """Decode every image into a file in the cache, unless it is there, and map it into memory.
 
     The file is known by the names, sizes and times of change of all images and by how they are
-    decoded. It appears under its name only when it is whole; of two processes one makes it.
+    decoded. It appears under its name only when it is whole; of two processes one makes it. To
+    have room again, remove the folder `decoded` in the cache.
+
+    Raises:
+        DataError: it cannot be written.
     """
     from filelock import FileLock
 
-    folder = cache_folder() / "decoded"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{_key(files)}.npy"
-    told = path.with_suffix(".json")
-    with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            bad = _write(files, workers, advance, path)
-            told.write_text(json.dumps(sorted(bad.items())))
-            path.with_suffix(".part").replace(path)
-        bad = {int(item): reason for item, reason in json.loads(told.read_text())}
-    # copy on write: torch wants memory that it might write, and the file must never change
-    return np.load(path, mmap_mode="c"), bad
+    path = cache_folder() / "decoded" / f"{_key(files)}.npy"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            return _read(path, files) or _write(path, files, workers, advance)
+    except OSError as error:
+        raise DataError(
+            f"The decoded images cannot be kept in {path.parent}.",
+            saw=error.strerror or str(error),
+            do='make room there, set PELLUCID_HOME to another folder, or use cache="memory".',
+        ) from error
+
+
+def _read(path: Path, files: ImageFiles) -> tuple[np.ndarray, dict[int, str]] | None:
+    """Return what was kept; None if there is nothing, or nothing that can be used."""
+    try:
+        bad = json.loads(path.with_suffix(".json").read_text())
+        # copy on write: torch wants memory that it might write, and the file must never change
+        images = np.load(path, mmap_mode="c")
+    except (OSError, ValueError):
+        return None
+    if images.shape != (len(files), *files.shape):
+        return None
+    return images, {int(item): reason for item, reason in bad}
 
 
 def _write(
-    files: ImageFiles, workers: int, advance: Callable[[int], None], path: Path
-) -> dict[int, str]:
-    part = path.with_suffix(".part")
+    path: Path, files: ImageFiles, workers: int, advance: Callable[[int], None]
+) -> tuple[np.ndarray, dict[int, str]]:
+    part, shape = path.with_suffix(".part"), (len(files), *files.shape)
     try:
-        shape = (len(files), *files.shape)
-        images = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+        with part.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, _header(shape))
+            start = file.tell()
+            _reserve(file, start + int(np.prod(shape)))
+        images = np.memmap(part, np.uint8, "r+", start, shape)
         bad = decode_all(files, workers, advance, images)
         images.flush()
+        path.with_suffix(".json").write_text(json.dumps(sorted(bad.items())))
+        part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    return bad
+    return np.load(path, mmap_mode="c"), bad
+
+
+def _header(shape: tuple[int, ...]) -> dict[str, Any]:
+    return {"descr": "|u1", "fortran_order": False, "shape": shape}
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Take the room on disk now: where a mapped file finds none, the process is killed."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:
+        file.truncate(size)
 
 
 def _key(files: ImageFiles) -> str:

@@ -27,6 +27,7 @@ FITS = ("crop", "pad", "stretch")
 """How an image comes to another shape: its middle; all of it, on black; all of it, distorted."""
 
 _ORIENTATION = 0x0112
+_MAX_SIDE = 8192
 _MAX_PIXELS = 178_956_970  # Pillow's own bound against bombs: 0.5 GiB of RGB
 _MOST = 131_072  # bytes read at once: most images, and a larger allocation costs more
 _OUR_TROUBLE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # the machine's, not the file's
@@ -57,7 +58,8 @@ class ImageFiles:
 
     Args:
         names: the files, as `scan` finds them.
-        labels: class numbers (n,), or None: all 0.
+        labels: class numbers (n,), as `encode(label_files(names, "folder"), classes, names)` gives
+            them; or None: all 0.
         size: side of the square, or (height, width), in pixels.
         fit: "crop" scales the shorter side and cuts out the middle, "pad" scales the longer side
             and fills up with black, "stretch" scales both and distorts.
@@ -74,9 +76,15 @@ class ImageFiles:
             raise UnknownName(
                 f"There is no way {fit!r} to fit an image.", do=did_you_mean(fit, FITS)
             )
-        height, width = (size, size) if isinstance(size, int) else size
-        if min(height, width) < 1:
-            raise SetupError("An image must have a pixel or more.", saw=f"size={size}")
+        sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+        if len(sides) != 2 or not all(
+            type(side) is int and 1 <= side <= _MAX_SIDE for side in sides
+        ):
+            raise SetupError(
+                f"The size of an image is a number of pixels, 1 to {_MAX_SIDE}, or two such.",
+                saw=f"size={size!r}",
+            )
+        height, width = sides
         self.names, self.shape, self.fit = names, (height, width, 3), fit
         self.labels = torch.as_tensor(np.zeros(len(names)) if labels is None else labels).long()
         if len(self.labels) != len(names):

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import DataError, SetupError
-from ..randomness import permutation
+from ..randomness import checked_seed, permutation
 from .making import Elsewhere, Job, without_our_frames
-from .workers import can_fork, in_processes, in_threads
+from .workers import made
 
 _NOTHING = torch.arange(0)
 
@@ -74,15 +73,11 @@ class Loader:
             raise SetupError("Workers are counted: 0, 1, 2, ...", saw=f"workers={workers!r}")
         _check_numbered(dataset)
         self.dataset, self.batch_size = dataset, int(batch_size)
-        self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
+        self.shuffle, self.drop_last, self.seed = shuffle, drop_last, checked_seed(seed)
         self.workers, self.timeout = int(workers), 60.0
         self.epoch, self.drawn = 0, None
-        if workers and hasattr(dataset, "batches"):
-            raise SetupError(
-                "Workers have nothing to do: these data make whole batches at once, in memory.",
-                saw=f"workers={workers}, {dataset!r}",
-                do="leave workers out.",
-            )
+        if hasattr(dataset, "batches"):
+            _check_idle(workers, dataset)
         if not len(self):
             raise DataError(
                 "The data set has no batch.",
@@ -122,18 +117,10 @@ class Loader:
 
     def _made(self, epoch: int, start: int, parts: tuple[Tensor, ...]) -> Iterable[Any]:
         if hasattr(self.dataset, "batches"):
+            _check_idle(self.workers, self.dataset)
             return self.dataset.batches(torch.cat(parts), self.batch_size) if parts else ()
         job = Job(self.dataset, self.seed, epoch, start)
-        if not self.workers or not parts or not can_fork():
-            return map(job.batch, range(len(parts)), parts)
-        if sys.platform == "linux":  # elsewhere a fork may break what the system's libraries hold
-            return in_processes(job, parts, self.workers, self.timeout)
-        if job.in_place:
-            return in_threads(job, parts, self.workers)
-        raise SetupError(
-            "Worker processes need a safe fork, which Linux alone has.",
-            do="use workers=0, or torch's DataLoader.",
-        )
+        return made(job, parts, self.workers, self.timeout)
 
     def order(self, epoch: int) -> Tensor:
         """Return the order of the items in one epoch, an int64 tensor (n,)."""
@@ -180,6 +167,15 @@ def preserved_order(*loaders: Any) -> Generator[None]:
             loader.epoch, loader.drawn = epoch, drawn
         for generator, state in states:
             generator.set_state(state)
+
+
+def _check_idle(workers: int, dataset: Any) -> None:
+    if workers:
+        raise SetupError(
+            "Workers have nothing to do: these data make whole batches at once, in memory.",
+            saw=f"workers={workers}, {dataset!r}",
+            do="leave workers out.",
+        )
 
 
 def _is_whole(number: Any, least: int) -> bool:

@@ -168,7 +168,7 @@ def imagenette(
         DataError: a file is broken.
     """
     name = "imagenette2" + next((f"-{side}" for side in (160, 320) if size <= side), "")
-    near = Path(os.environ.get("PELLUCID_DATA") or "", name)
+    near = Path(os.environ.get("PELLUCID_DATA") or cache_folder() / "data", name)
     folder = Path(path) if path else near if near.is_dir() else fetch_dataset(name)
     if not (folder / "train").is_dir():
         raise DataNotFound(

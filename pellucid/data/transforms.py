@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..errors import SetupError
 
+_SLICE = 2**22  # values that are float64 at a time
+
 
 class Normalize:
     """Make floats of pixels, with mean 0 and standard deviation 1 over the data: (x - mean) / std.
@@ -43,7 +45,7 @@ class Normalize:
         dims = (0, 2, 3) if x.ndim == 4 else tuple(range(x.ndim))
         total = squares = torch.zeros((), dtype=torch.float64)
         scale = 255 if x.dtype == torch.uint8 else 1
-        for part in x.split(4096):
+        for part in x.split(max(_SLICE // max(x[:1].numel(), 1), 1)):
             values = part.double() / scale
             total, squares = total + values.sum(dims), squares + values.square().sum(dims)
         n = x.numel() / total.numel()
@@ -103,7 +105,13 @@ class PerSample(ABC):
 
     Whoever calls may hand in the numbers, as `pellucid.randomness.uniforms(seed, epoch, items,
     n_draws)` makes them: then a sample changes alike in whatever batch it comes.
+
+    Attributes:
+        takes_bytes: False gives `apply` uint8 batches as floats from 0 to 1, as `Normalize` counts
+            them; True as they are.
     """
+
+    takes_bytes = False
 
     @property
     @abstractmethod
@@ -133,4 +141,6 @@ class PerSample(ABC):
                 f"{len(x)} on {x.device}",
                 do=f"give draws of shape {shape}, or none to have them drawn.",
             )
+        if x.dtype == torch.uint8 and not self.takes_bytes:
+            x = x.float().mul_(1 / 255)
         return self.apply(x, draws)

@@ -19,7 +19,7 @@ import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -46,6 +46,24 @@ _ENDING = (signal.SIGINT, signal.SIGTERM)
 def can_fork() -> bool:
     """Whether this process may have worker processes; a worker itself may not."""
     return not multiprocessing.current_process().daemon
+
+
+def made(job: Job, parts: Sequence[Tensor], n_workers: int, timeout: float) -> Iterable[Any]:
+    """Make batches, beside the loop if there are workers, and give them in the order of `parts`.
+
+    Args and errors are those of `in_processes`; with 0 workers, or within a worker, the batches
+    are made in this process.
+    """
+    if not n_workers or not parts or not can_fork():
+        return map(job.batch, range(len(parts)), parts)
+    if sys.platform == "linux":  # elsewhere a fork may break what the system's libraries hold
+        return in_processes(job, parts, n_workers, timeout)
+    if job.in_place:
+        return in_threads(job, parts, n_workers)
+    raise SetupError(
+        "Worker processes need a safe fork, which Linux alone has.",
+        do="use workers=0, or torch's DataLoader.",
+    )
 
 
 def in_processes(

@@ -186,6 +186,7 @@ class Augment(PerSample):
     """
 
     n_draws = len(_Draws._fields)
+    takes_bytes = True  # to flip and shift them costs a quarter of what floats do
 
     def __init__(
         self,
