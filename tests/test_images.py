@@ -673,7 +673,7 @@ def test_settings_that_cannot_work_are_refused(files):
     with pytest.raises(UnknownName, match="did you mean 'crop'"):
         ImageFiles(files.names, None, 8, "crops")
     for size in (0, (8, 0), -1):
-        with pytest.raises(SetupError, match=r"(?s)a pixel or more.*size="):
+        with pytest.raises(SetupError, match=r"(?s)number of pixels.*size="):
             ImageFiles(files.names, None, size)
     with pytest.raises(DataError, match="4 files, 3 labels"):
         ImageFiles(files.names, [0, 1, 2])

@@ -731,7 +731,7 @@ def test_a_length_that_is_too_long_gives_the_data_sets_own_error(workers):
 
 def test_other_systems_are_told(monkeypatch, photos):
     loader, over_images = Loader(Items(), 4, workers=2), Loader(photos, 4, workers=2)
-    monkeypatch.setattr("pellucid.data.loader.sys.platform", "darwin")
+    monkeypatch.setattr("pellucid.data.workers.sys.platform", "darwin")
     with pytest.raises(SetupError, match="safe fork, which Linux alone has"):
         next(iter(loader))
     assert same(list(over_images), list(Loader(photos, 4)))
