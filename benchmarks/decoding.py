@@ -370,13 +370,13 @@ def cached(folder: Path) -> list[str]:
     os.environ["PELLUCID_HOME"] = str(folder / "home")
 
     def split(names: FileNames) -> tuple[np.ndarray, np.ndarray]:
-        return np.arange(len(names)), np.arange(BATCH)
+        return np.arange(BATCH, len(names)), np.arange(BATCH)
 
     memory, disk = (
         DataLoaders.from_folder(names.root, SMALL_SIDE, BATCH, split, cache=cache).train
         for cache in ("memory", "disk")
     )
-    n = len(names)
+    n = len(memory.dataset)
     images, labels = next(memory.dataset.batches(torch.arange(n), n))
     arrays = images.contiguous(), labels
     gather = "Loader over ArrayDataset (n, 3, h, w)"
