@@ -241,6 +241,9 @@ def _load(source: str, reading: Reading, looking: bool = False) -> DataLoaders:
 
     usual = _SHOWN if looking else recipe.batch_size
     batch_size = usual if reading.batch_size is None else reading.batch_size
+    if looking and (reading.cache, reading.bad) != ("auto", "raise"):
+        raise SetupError("To show a folder is to read every image, keep none and move none.",
+                         do="leave out --cache and --bad.")  # fmt: skip
     if recipe is FOLDER:
         cache = None if looking or reading.cache == "none" else reading.cache
         size = min(usual_side(source), _SIDE) if reading.size is None else reading.size

@@ -590,11 +590,14 @@ def test_what_is_saved_may_not_lie_among_the_images(images, monkeypatch, capsys)
     assert not (images / "runs").exists()
 
 
-def test_options_for_folders_are_refused_for_data_sets(monkeypatch, capsys, tmp_path):
+def test_options_without_effect_are_refused(images, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     for option in (("--size", "32"), ("--cache", "disk"), ("--bad", "skip")):
-        assert command(monkeypatch, "show", "digits", *option) == 2
+        assert command(monkeypatch, "train", "digits", *option) == 2
         assert "are for folders of images" in capsys.readouterr().err
+    for option in (("--cache", "disk"), ("--bad", "set-aside")):
+        assert command(monkeypatch, "show", str(images), *option) == 2
+        assert "leave out --cache and --bad" in capsys.readouterr().err
 
 
 def test_a_model_whose_facts_were_tampered_with_is_refused(images, tmp_path, monkeypatch, capsys):
