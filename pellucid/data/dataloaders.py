@@ -207,7 +207,7 @@ class DataLoaders:
 
         What is random for each sample is taken for those of the batch that `train` gave last.
         """
-        if training:
+        if training and self.augment:
             for fn, draws in zip(self.augment, self._draws(x), strict=True):
                 x = fn(x) if draws is None else fn(x, draws)
         for transform in self.transforms:
