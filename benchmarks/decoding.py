@@ -205,7 +205,7 @@ def missing(peer: str) -> str:
             small = bytearray(simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8)))
             decode_jpeg(torch.frombuffer(small, dtype=torch.uint8))
         else:
-            import fastai.vision.all  # noqa: F401
+            import fastai.vision.all  # noqa: F401, only to see whether it can be imported
     except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
         return f"{peer} left out: {str(error).splitlines()[0]}."
     finally:
