@@ -1,8 +1,8 @@
-"""Losses as their formulas read, and the one that fits a kind of target.
+"""Losses as their formulas read, and a loss made ready for use.
 
-Written for the last dimension being the classes, numerically stable, equal to torch's own; training
-uses torch's fused forms (`torch.nn.functional`), these are to read, to check and to teach.
-`nll` takes log-probabilities as torch does; what takes probabilities says so in its name.
+Those of `foundations` and one more; training uses torch's fused forms (`torch.nn.functional`),
+which these equal. `nll` takes log-probabilities as torch does; what takes probabilities says so in
+its name.
 """
 
 from collections.abc import Callable
@@ -12,48 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import DataError, SetupError
+from .foundations.losses import binary_nll, cross_entropy, log_softmax, logsumexp, nll
 from .tree import describe
 
-
-def logsumexp(x: Tensor) -> Tensor:
-    """Return log Σ exp(x) over the last dimension, as max + log Σ exp(x - max).
-
-    Without the shift, exp overflows at 89 in float32.
-    """
-    highest = x.amax(-1, keepdim=True)
-    return highest.squeeze(-1) + (x - highest).exp().sum(-1).log()
-
-
-def log_softmax(x: Tensor) -> Tensor:
-    """Return x - logsumexp(x): log-probabilities of the same shape."""
-    return x - logsumexp(x).unsqueeze(-1)
-
-
-def nll(log_probabilities: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean negative log-likelihood of int targets (n,) under log-probabilities (n, c).
-
-    Picking the entry of the right class is the product with the one-hot target, not carried out.
-    """
-    return -log_probabilities.gather(-1, targets.unsqueeze(-1)).mean()
+__all__ = [
+    "binary_nll",
+    "cross_entropy",
+    "log_softmax",
+    "logsumexp",
+    "mean_squared_error",
+    "nll",
+    "nll_of_probabilities",
+    "ready_loss",
+]
 
 
 def nll_of_probabilities(probabilities: Tensor, targets: Tensor) -> Tensor:
     """Return `nll` of probabilities (n, c), as a softmax gives them."""
     return nll(probabilities.log(), targets)
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross entropy of int targets (n,) and logits (n, c)."""
-    return nll(log_softmax(logits), targets)
-
-
-def binary_nll(probabilities: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean of -y log p - (1 - y) log(1 - p) for targets y in [0, 1].
-
-    Logarithms end at -100, as torch's do.
-    """
-    yes, no = probabilities.log().clamp(min=-100), (1 - probabilities).log().clamp(min=-100)
-    return -(targets * yes + (1 - targets) * no).mean()
 
 
 def mean_squared_error(preds: Tensor, targets: Tensor) -> Tensor:

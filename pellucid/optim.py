@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import foundations
 from .errors import SetupError, UnknownName, did_you_mean
 
 
@@ -42,7 +43,7 @@ def build_optimizer(opt_func: Callable[..., Optimizer], model: nn.Module, lr: fl
             saw=str(error),
             do="pass a class such as torch.optim.SGD, or a function (params, lr) -> Optimizer.",
         ) from error
-    if not isinstance(optimizer, Optimizer):
+    if not isinstance(optimizer, Optimizer | foundations.Optimizer):
         raise SetupError(
             "opt_func must return a torch optimiser.",
             saw=repr(optimizer),
@@ -134,8 +135,8 @@ def check_trains(optimizer: Optimizer, model: nn.Module, offered: Iterable[nn.Pa
             do="call learn.reset_optimizer() after exchanging the model.",
         )
     known = held | set(map(id, offered))
-    trainable = [name for name, param in model.named_parameters() if param.requires_grad]
-    new = [name for name in trainable if id(model.get_parameter(name)) not in known]
+    trainable = [pair for pair in model.named_parameters() if pair[1].requires_grad]
+    new = [name for name, param in trainable if id(param) not in known]
     if new:
         raise SetupError(
             "Parameters were unfrozen or exchanged since the optimiser was made, so it would not "
