@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 
 from .errors import DataError, DataNotFound, UnknownName, did_you_mean
+from .layers import LayerRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +27,9 @@ _FORMAT = "pellucid record 1"
 
 class Table:
     """Columns of numbers of one length; where a column has no value, it is NaN.
+
+    A column takes four bytes a value as long as single precision holds all of them exactly, as it
+    does counters and the losses of a float32 model, else eight.
 
     `table[name]` is a copy of a column, a float64 array (rows,); `table[-100:]` a table of the last
     hundred rows; `len(table)` the number of rows; iterating gives the names.
@@ -45,9 +49,12 @@ class Table:
             raise DataError("The columns of new rows differ in length.", saw=f"{n} rows")
         for name in rows:
             if name not in self._columns:
-                self._columns[name] = array("d", [math.nan]) * self._n_rows
+                self._columns[name] = array("f", [math.nan]) * self._n_rows
         for name, column in self._columns.items():
-            column.extend(rows[name] if name in rows else [math.nan] * n)
+            new = _narrowest(rows[name] if name in rows else [math.nan] * n)
+            if new.typecode == "d" and column.typecode == "f":
+                self._columns[name] = column = array("d", column)
+            column.extend(new if new.typecode == column.typecode else array("d", new))
         self._n_rows += n
 
     def last(self, name: str) -> float:
@@ -92,7 +99,7 @@ class Table:
     def __getitem__(self, key: int) -> dict[str, float]: ...
     def __getitem__(self, key: str | slice | int) -> np.ndarray | Table | dict[str, float]:
         if isinstance(key, str):
-            return np.array(self.column(key))
+            return np.array(self.column(key), dtype=np.float64)
         if isinstance(key, int):
             return {name: column[key] for name, column in self._columns.items()}
         part = Table()
@@ -127,11 +134,13 @@ class Record:
             every scheduled hyper-parameter.
         epochs: a row for each epoch: "train/...", "valid/...", the hyper-parameters at its end
             and "seconds".
+        layers: what `callbacks.Telemetry` saw inside the model, else None.
     """
 
     def __init__(self):
         self.batches = Table()
         self.epochs = Table()
+        self.layers: LayerRecord | None = None
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return a column by batch, or, for what is known by epoch alone, by epoch."""
@@ -153,7 +162,8 @@ class Record:
             name: {column: list(table.column(column)) for column in table}
             for name, table in tables.items()
         }
-        path.write_text(json.dumps({"format": _FORMAT, **plain}))
+        inside = {"layers": self.layers.plain()} if self.layers else {}
+        path.write_text(json.dumps({"format": _FORMAT, **plain, **inside}))
         return path
 
     @classmethod
@@ -176,6 +186,8 @@ class Record:
                 columns = {key: array("d", values) for key, values in plain[name].items()}
                 [n] = {len(column) for column in columns.values()} or {0}
                 getattr(record, name).extend(columns, n)
+            if "layers" in plain:
+                record.layers = LayerRecord.from_plain(plain["layers"])
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError("This file is no record of pellucid's.", saw=str(path)) from None
         return record
@@ -202,6 +214,15 @@ class Record:
         epochs, batches = len(self.epochs), len(self.batches)
         ends = [f"{name} {self.epochs.last(name):.4g}" for name in self.epochs if name != "seconds"]
         return f"Record({epochs} epochs, {batches} batches{''.join(f', {end}' for end in ends)})"
+
+
+def _narrowest(values: Sequence[float]) -> array:
+    """Return values as an array of single precision if that changes none of them, else double."""
+    exact = np.asarray(values, dtype=np.float64)
+    with np.errstate(over="ignore"):
+        single = exact.astype(np.float32)
+    same = np.array_equal(single, exact, equal_nan=True)
+    return array("f", single.tobytes()) if same else array("d", exact.tobytes())
 
 
 def _unknown(name: str, columns: list[str]) -> UnknownName:

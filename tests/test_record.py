@@ -221,3 +221,24 @@ def test_tables_and_records_say_what_they_hold():
     assert repr(table(a=[1, 2], b=[3, 4])) == "Table(2 rows: a, b)"
     assert repr(Record()) == "Record(0 epochs, 0 batches)"
     assert repr(filled_record()) == "Record(1 epochs, 2 batches, train/loss 2, valid/loss nan)"
+
+
+WHOLE = st.floats(allow_nan=True, allow_infinity=True) | st.integers(-(2**24), 2**24).map(float)
+
+
+@given(st.lists(st.lists(WHOLE | st.just(0.1), min_size=1, max_size=5), max_size=6))
+def test_a_column_keeps_every_value_exactly_however_narrow_it_is(pieces):
+    table = Table()
+    for piece in pieces:
+        table.extend({"x": piece}, len(piece))
+    if pieces:
+        expected = np.array([value for piece in pieces for value in piece])
+        assert table["x"].dtype == np.float64
+        np.testing.assert_array_equal(table["x"], expected)
+
+
+def test_a_column_of_counters_takes_four_bytes_a_value_and_one_of_tenths_eight():
+    table = Table()
+    table.extend({"batch": [0, 1, 2], "lr": [0.1, 0.1, 0.1], "late": [1, 2, 3]}, 3)
+    table.extend({"batch": [3], "lr": [0.5], "late": [0.1]}, 1)
+    assert [table.column(name).itemsize for name in ("batch", "lr", "late")] == [4, 8, 8]

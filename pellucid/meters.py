@@ -1,0 +1,290 @@
+"""Measuring what flows through modules, and back: on the device, into memory laid out before.
+
+Nothing is read back here and nothing grows: hooks add to preallocated sums, whoever uses them
+copies the sums out when it suits. Hooks that only add in place also survive `torch.compile`, in
+one graph (installed before the first compiled call; later ones are never called).
+
+    meters = Meters(leaves(model), device)
+    with meters:
+        meters.recording = True
+        loss_func(model(x), y).backward()
+        rows = meters.rows.clone()
+        meters.clear()
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import tree
+from .histograms import ACTIVATIONS, GRADIENTS, Octaves
+from .hooks import Hooks
+
+N_SAMPLED = 8192
+"""Values of a tensor that go into its histogram, about: a share is then known to 1 % or better."""
+
+FIELDS = ("n", "sum", "squares", "low", "high", "sampled", "sampled_squares", "saturated")
+"""The sums of one tensor: number of values, their sum and sum of squares, smallest and largest;
+of the values in the histogram their number, the sum of squares about their mean (right where the
+mean is so large that the difference of the full sums loses its digits), and how many of them are
+saturated, NaN for a module that does not saturate."""
+
+_STEPS = (
+    *(2, 3, 5, 7, 11, 13, 17, 23, 29, 37, 47, 61, 79, 103, 137, 179, 233, 307, 401, 523, 683, 887),
+    *(1153, 1499, 1949, 2539, 3301, 4297, 5591, 7283, 9467, 12301, 16001, 20807, 27059, 35171),
+)
+"""Primes, each about 1.3 times the one before."""
+
+_LARGE_MAP = 256
+"""Values of a channel from which on it is faster to reduce items and places in one go."""
+
+_START = (0.0, 0.0, 0.0, math.inf, -math.inf, 0.0, 0.0, math.nan)
+
+
+class Meters:
+    """Sums and histograms of the outputs of modules, and of the gradients that come back to them.
+
+    A context manager: hooks act within the `with`. Sums, extremes and hence NaN and infinity are
+    taken over all values, histograms over at most `2 * N_SAMPLED`, spread evenly over items and
+    places. Several calls of a module before `clear` add up. Of an output with several tensors the
+    first is measured.
+
+    Args:
+        modules: by name.
+        device: of their outputs.
+
+    Attributes:
+        names, types: of the modules.
+        recording: whether the hooks measure; switch it per batch.
+        fired: whether any hook has measured anything yet.
+        rows: float32 (2, modules, fields + bins): first the activations, then the gradients, of
+            each the sums named in `FIELDS` and the histogram, by `ACTIVATIONS` and `GRADIENTS`.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], device: torch.device):
+        self.names = list(modules)
+        self.types = [type(module).__name__ for module in modules.values()]
+        self._modules = list(modules.values())
+        start = torch.tensor([*_START, *[0.0] * ACTIVATIONS.n_bins])
+        self._start = start.repeat(2, len(self.names), 1)
+        for i, module in enumerate(self._modules):
+            if bounds(module) is not None:
+                self._start[0, i, FIELDS.index("saturated")] = 0.0
+        self._start = self._start.to(device)
+        self.rows = self._start.clone()
+        where = units_last(self._modules)
+        self._meters = [
+            (
+                _Meter(self, (0, i), ACTIVATIONS, last, bounds(module)),
+                _Meter(self, (1, i), GRADIENTS, last, None),
+            )
+            for i, (module, last) in enumerate(zip(self._modules, where, strict=True))
+        ]
+        self._hooks: Hooks | None = None
+        self.recording = self.fired = False
+
+    def __enter__(self) -> Meters:
+        self._hooks = Hooks(self._modules, _measure)
+        for hook, (activation, gradient) in zip(self._hooks, self._meters, strict=True):
+            hook.meters, hook.activation, hook.gradient = self, activation, gradient
+            hook.on_gradient = _gradient_hook(self, gradient)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._hooks, self.recording = None, False
+
+    def clear(self) -> None:
+        """Set the rows to what they are when nothing was measured."""
+        self.rows.copy_(self._start)
+
+    def take_dead(self) -> Tensor:
+        """Return the share of dead units since the last call, and begin anew.
+
+        A unit (a channel; of an output (n, features) a feature) is dead if it gave one and the
+        same value for every item and place: nothing that comes in moves it.
+
+        Returns:
+            float32 (2, modules), NaN where nothing was measured.
+        """
+        shares = [[meter.take_dead() for meter in meters] for meters in self._meters]
+        return torch.stack([torch.stack(pair) for pair in shares]).T
+
+
+class _Meter:
+    """The sums of one tensor, as views into those of all."""
+
+    def __init__(
+        self,
+        meters: Meters,
+        row: tuple[int, int],
+        bins: Octaves,
+        last: bool,
+        bounds: tuple[float, float] | None,
+    ):
+        self.bins, self.last, self.bounds = bins, last, bounds
+        field = {name: meters.rows[(*row, i)] for i, name in enumerate(FIELDS)}
+        self.n, self.sum, self.squares = field["n"], field["sum"], field["squares"]
+        self.low, self.high = field["low"], field["high"]
+        self.sampled, self.sampled_squares = field["sampled"], field["sampled_squares"]
+        self.saturated = field["saturated"]
+        self.histogram = meters.rows[row][len(FIELDS) :]
+        self.unit_low = self.unit_high = self.n.new_empty(0)
+
+    def add(self, x: Tensor) -> None:
+        """Measure a tensor."""
+        x = x.detach()
+        self.n.add_(x.numel())
+        self.sum.add_(x.sum(dtype=torch.float32))
+        self.squares.add_(sum_of_squares(x))
+        low, high = unit_extremes(x, self.last)
+        self.low.copy_(torch.minimum(self.low, low.amin()))
+        self.high.copy_(torch.maximum(self.high, high.amax()))
+        self.unit_low.copy_(torch.minimum(self.unit_low, low))
+        self.unit_high.copy_(torch.maximum(self.unit_high, high))
+        values = sample(x).float()  # half precision cannot hold what follows
+        self.sampled.add_(values.numel())
+        self.sampled_squares.add_((values - values.mean()).square().sum())
+        self.bins.add(self.histogram, values)
+        if self.bounds is not None:
+            below, above = self.bounds
+            self.saturated.add_(((values <= below) | (values >= above)).sum())
+
+    def made_room(self, x: Tensor) -> bool:
+        """Make room for the units of a tensor of this shape; return False if there was."""
+        n_units = 1 if x.ndim < 2 else x.shape[-1 if self.last else 1]
+        if len(self.unit_low) == n_units:
+            return False
+        self.unit_low = self.n.new_full((n_units,), math.inf)
+        self.unit_high = self.n.new_full((n_units,), -math.inf)
+        return True
+
+    def take_dead(self) -> Tensor:
+        """Return the share of units that never changed, 0-d, and forget them."""
+        dead = (self.unit_low == self.unit_high).float().mean()  # of no units, NaN
+        dead = torch.where((self.unit_low > self.unit_high).any(), math.nan, dead)  # none seen
+        self.unit_low.fill_(math.inf)
+        self.unit_high.fill_(-math.inf)
+        return dead
+
+
+def _measure(hook: Any, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    if not hook.meters.recording:
+        return
+    x = output if isinstance(output, Tensor) else _first_floats(output)
+    if x is None or not x.is_floating_point() or not x.numel():
+        return
+    hook.meters.fired = True
+    hook.activation.made_room(x)
+    hook.activation.add(x)
+    if not x.requires_grad or x.is_leaf or not torch.is_grad_enabled():
+        return  # a parameter given back as it is would keep the hook
+    # a compiled backward writes only to what was there before its forward: in the first batch of a
+    # compiled model gradients are not measured
+    if not (hook.gradient.made_room(x) and torch.compiler.is_compiling()):
+        x.register_hook(hook.on_gradient)
+
+
+def _gradient_hook(meters: Meters, meter: _Meter) -> Callable[[Tensor], None]:
+    def arrived(grad: Tensor) -> None:
+        if meters.recording:
+            meter.add(grad)
+
+    return arrived
+
+
+def _first_floats(output: Any) -> Tensor | None:
+    floats = [x for x in tree.leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+    return floats[0] if floats else None
+
+
+def unit_extremes(x: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value of each unit.
+
+    Args:
+        x: (n, units, ...), or (..., units) if `last`; one dimension is one unit.
+        last: where the units are.
+
+    Returns:
+        Two tensors (units,).
+    """
+    if x.ndim < 2:
+        return x.amin().reshape(1), x.amax().reshape(1)
+    if last:
+        x = x.flatten(0, -2)
+    elif x.ndim > 2 and x[0, 0].numel() >= _LARGE_MAP:
+        over = (0, *range(2, x.ndim))
+        return x.amin(over), x.amax(over)
+    low, high = x.amin(0), x.amax(0)
+    return (low.flatten(1).amin(1), high.flatten(1).amax(1)) if low.ndim > 1 else (low, high)
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Return the sum of squares in single precision, 0-d.
+
+    Item by item: the norm of a whole large tensor adds naively and is off by 1e-3.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)) or None, dtype=dtype)
+    return norms.square().sum().float()
+
+
+def sample(x: Tensor) -> Tensor:
+    """Return at most `2 * N_SAMPLED` values of `x`, evenly spread over all of it, flat.
+
+    Other places of each item are met, since the step shares no factor with the size of an item.
+    """
+    values = x.reshape(-1)
+    if len(values) <= 2 * N_SAMPLED:
+        return values
+    size = x[0].numel()
+    for step in _STEPS:  # rather than by gcd, which torch.compile does not follow
+        if step * N_SAMPLED >= len(values) - N_SAMPLED and size % step:
+            break
+    return values[::step]
+
+
+def bounds(module: nn.Module) -> tuple[float, float] | None:
+    """Return below and above what a bounded activation is saturated, else None.
+
+    That is within 1 % of its range from where its slope vanishes; the zero of a ReLU is no such
+    place, it counts as near zero.
+    """
+    if isinstance(module, (nn.Tanh, nn.Softsign)):
+        return -0.98, 0.98
+    if isinstance(module, (nn.Sigmoid, nn.Hardsigmoid)):
+        return 0.01, 0.99
+    if isinstance(module, nn.ReLU6):
+        return -math.inf, 5.94
+    if isinstance(module, nn.Hardtanh):
+        margin = 0.01 * (module.max_val - module.min_val)
+        return module.min_val + margin, module.max_val - margin
+    return None
+
+
+_UNITS_LAST = (
+    *(nn.Linear, nn.Bilinear, nn.Embedding, nn.LayerNorm, nn.RMSNorm),
+    *(nn.MultiheadAttention, nn.RNNBase),
+)
+
+
+def units_last(modules: Iterable[nn.Module]) -> list[bool]:
+    """Tell where the units of each module's output are: in the last dimension, or in the second.
+
+    Activations and whatever else has no weight to tell it follow the module before them.
+    """
+    answers: list[bool] = []
+    for module in modules:
+        if isinstance(module, _UNITS_LAST):
+            answers.append(True)
+        elif any(True for _ in module.parameters(recurse=False)) or not answers:
+            answers.append(False)
+        else:
+            answers.append(answers[-1])
+    return answers

@@ -1,0 +1,809 @@
+"""Telemetry: what it records is so, when it records is stated, and the training does not notice."""
+
+import copy
+import math
+import pickle
+import tracemalloc
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim import LBFGS, SGD, AdamW
+from torch.utils.checkpoint import checkpoint
+
+from pellucid import (
+    Callback,
+    CancelBatch,
+    CancelEpoch,
+    CancelFit,
+    CancelStep,
+    DataLoaders,
+    Learner,
+    Record,
+)
+from pellucid.callbacks import LSUV, Debug, Progress, Telemetry, telemetry
+from pellucid.errors import NonFiniteLoss, SetupError, UnknownName
+from pellucid.foundations import Linear as OurLinear
+from pellucid.foundations import Sequential as OurSequential
+
+N = 5
+"""Batches in an epoch."""
+
+
+def batches(*shape: int, n: int = N, dtype: torch.dtype = torch.float32) -> list[Any]:
+    torch.manual_seed(1)
+    return [(torch.randn(8, *shape).to(dtype), torch.randint(3, (8,))) for _ in range(n)]
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def learner(
+    *callbacks: Callback,
+    model: nn.Module | None = None,
+    train: Any = None,
+    valid: Any = None,
+    loss_func: Callable[..., torch.Tensor] = F.cross_entropy,
+    opt_func: Callable[..., Any] = SGD,
+) -> Learner:
+    return Learner(
+        mlp() if model is None else model,
+        DataLoaders(batches(6) if train is None else train, valid),
+        loss_func,
+        opt_func,
+        0.1,
+        callbacks=[Progress("off"), *callbacks],
+        device="cpu",
+    )
+
+
+def recorded(learn: Learner) -> list[int]:
+    layers = learn.record.layers
+    assert layers is not None
+    assert (layers.batches[:, 0] == layers.batches[:, 1]).all()
+    return layers.batches[:, 0].tolist()
+
+
+# ── the training does not notice ──────────────────────────────────────────────────────────────
+
+
+class Shared(nn.Module):
+    """One layer called twice, one never, one under no_grad."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.shared, self.unused = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.still, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.shared(F.relu(self.shared(self.first(x)), inplace=True))
+        with torch.no_grad():
+            x = x + self.still(x)
+        return self.head(x)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(6, 5, 2, batch_first=True, dropout=0.3), nn.Linear(5, 3)
+
+    def forward(self, x):
+        out, (hidden, _) = self.lstm(x)
+        return self.head(out[:, -1] + hidden[-1])
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(6, 2, 12, 0.1, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x).mean(1))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool):
+        super().__init__()
+        self.body, self.head, self.reentrant = mlp(), nn.Linear(3, 3), reentrant
+
+    def forward(self, x):
+        return self.head(checkpoint(self.body, x, use_reentrant=self.reentrant))
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(10, 4, sparse=True)
+        self.place = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return (self.words(x) + self.place).sum(1)[:, :3]
+
+
+def dropout_and_norm() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(8, 3)
+    )
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(inplace=True), nn.Dropout2d(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3),
+    )  # fmt: skip
+
+
+WORDS = [(x.abs().mul(3).long().clamp(max=9), y) for x, y in batches(5)]
+IMAGES = batches(2, 9, 9)
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], list[Any]]] = {
+    "MLP": (mlp, batches(6)),
+    "dropout, batch norm, in place": (dropout_and_norm, batches(6)),
+    "CNN": (cnn, IMAGES),
+    "CNN, channels last": (
+        cnn, [(x.to(memory_format=torch.channels_last), y) for x, y in IMAGES]
+    ),
+    "shared, never called, without gradients": (Shared, batches(6)),
+    "LSTM": (Recurrent, batches(4, 6)),
+    "attention": (Attending, batches(4, 6)),
+    "sparse embedding": (Words, WORDS),
+    "checkpointed": (partial(Checkpointed, False), batches(6)),
+    "checkpointed, reentrant": (
+        partial(Checkpointed, True), [(x.requires_grad_(), y) for x, y in batches(6)]
+    ),
+    "double precision": (lambda: mlp().double(), batches(6, dtype=torch.float64)),
+    "bfloat16": (lambda: mlp().bfloat16(), batches(6, dtype=torch.bfloat16)),
+    "one layer": (lambda: nn.Linear(6, 3), batches(6)),
+}  # fmt: skip
+
+
+def bits(model: nn.Module) -> list[torch.Tensor]:
+    return [tensor.detach().clone() for tensor in model.state_dict().values()]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_bit_for_bit_what_they_are_without(name):
+    make, train = MODELS[name]
+    weights = []
+    for callbacks in ([], [Telemetry(every=1)]):
+        torch.manual_seed(0)
+        learn = learner(*callbacks, model=make(), train=train, valid=train[:2])
+        learn.fit(2)
+        weights.append(bits(learn.model))
+        assert torch.rand(()) is not None
+    assert all(map(torch.equal, *weights))
+    layers = learn.record.layers
+    assert recorded(learn) == list(range(2 * N))
+    measured = {n for i, n in enumerate(layers.names) if layers.of_kind("activations")[0][0, i, 0]}
+    assert measured == set(layers.names) - {"unused", "layer.dropout", "layer.self_attn.out_proj"}
+    for kind in ("activations", "gradients"):
+        sums, histograms = layers.of_kind(kind)
+        np.testing.assert_array_equal(histograms.sum(-1), sums[..., 5])
+        np.testing.assert_array_equal(sums[..., 5], sums[..., 0])  # all of so few values
+
+
+@pytest.mark.parametrize("opt_func", [AdamW, partial(LBFGS, max_iter=3)])
+def test_other_optimisers_do_not_notice_either(opt_func):
+    weights = []
+    for callbacks in ([], [Telemetry(every=2)]):
+        learn = learner(*callbacks, opt_func=opt_func)
+        learn.fit(2)
+        weights.append(bits(learn.model))
+    assert all(map(torch.equal, *weights))
+    # also where the optimiser evaluates a batch several times, it is counted once
+    assert (learn.record.layers.of_kind("activations")[0][:, 0, 0] == 8 * 8).all()
+
+
+def test_the_random_state_is_left_alone():
+    after = []
+    for callbacks in ([], [Telemetry(every=1)]):
+        torch.manual_seed(0)
+        learner(*callbacks, model=dropout_and_norm()).fit(1)
+        after.append(torch.rand(3))
+    assert torch.equal(*after)
+
+
+def test_a_foundations_model_is_seen_too():
+    weights = []
+    for callbacks in ([], [Telemetry(every=1)]):
+        torch.manual_seed(0)
+        model = OurSequential(OurLinear(6, 8), torch.relu, OurLinear(8, 3))
+        learn = learner(*callbacks, model=model)
+        learn.fit(1)
+        weights.append([param.detach().clone() for param in model.parameters()])
+    assert all(map(torch.equal, *weights))
+    assert recorded(learn) == list(range(N))
+    assert len(learn.record.layers.names) >= 2
+    assert (learn.record.layers["gradients/sd"] > 0).all()
+
+
+# ── what it records is so ─────────────────────────────────────────────────────────────────────
+
+
+def by_hand(model: nn.Sequential, train: list[Any]) -> dict[str, np.ndarray]:
+    """Train with plain SGD and note what telemetry should."""
+    found: dict[str, list[Any]] = {}
+    for x, y in train:
+        outs = [x]
+        for part in model:
+            outs.append(part(outs[-1]))
+            outs[-1].retain_grad()
+        F.cross_entropy(outs[-1], y).backward()
+        outs, params = outs[1:], list(model.parameters())
+        for kind, tensors in (
+            ("activations", [out.detach() for out in outs]),
+            ("gradients", [out.grad for out in outs]),
+        ):
+            found.setdefault(f"{kind}/mean", []).append([t.mean() for t in tensors])
+            found.setdefault(f"{kind}/sd", []).append([t.std(correction=0) for t in tensors])
+            found.setdefault(f"{kind}/abs_max", []).append([t.abs().max() for t in tensors])
+            limit = 2.0**-10 if kind == "activations" else 2.0**-28
+            near = [(t.abs() < limit).float().mean() for t in tensors]
+            found.setdefault(f"{kind}/near_zero", []).append(near)
+        sizes = [p.detach().norm() for p in params]
+        found.setdefault("parameters/norm", []).append(sizes)
+        found.setdefault("parameters/gradient", []).append([p.grad.norm() for p in params])
+        ratios = [0.1 * p.grad.norm() / p.detach().norm() for p in params]
+        found.setdefault("parameters/update", []).append(ratios)
+        with torch.no_grad():
+            for param in params:
+                param -= 0.1 * param.grad
+                param.grad = None
+    return {name: np.array(values, dtype=float) for name, values in found.items()}
+
+
+def test_all_numbers_equal_those_taken_by_hand():
+    expected = by_hand(mlp(), batches(6))
+    layers = learner(Telemetry(every=1)).fit(1).layers
+    assert layers.names == ["0", "1", "2"] and layers.types == ["Linear", "ReLU", "Linear"]
+    assert layers.parameters == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    for name, values in expected.items():
+        np.testing.assert_allclose(layers[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_the_update_of_a_large_parameter_is_that_of_entries_all_over_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 3000), nn.ReLU(), nn.Linear(3000, 3))
+    before = copy.deepcopy(model)
+    layers = learner(Telemetry(every=1), model=model, train=batches(6, n=1)).fit(1).layers
+    for i, (one, other) in enumerate(zip(before.parameters(), model.parameters(), strict=True)):
+        expected = ((one - other).norm() / one.norm()).item()
+        assert layers["parameters/update"][0, i] == pytest.approx(expected, rel=0.1)
+
+
+def test_a_weight_of_zeros_has_no_update_ratio():
+    model = mlp()
+    nn.init.zeros_(model[2].bias)
+    layers = learner(Telemetry(every=1), model=model).fit(1).layers
+    assert np.isnan(layers["parameters/update"][0, 3])
+    assert np.isfinite(layers["parameters/update"][1:, 3]).all()
+
+
+def test_what_is_frozen_is_no_parameter_that_could_move():
+    model = mlp()
+    model[0].requires_grad_(False)
+    layers = learner(Telemetry(every=1), model=model).fit(1).layers
+    assert layers.parameters == ["2.weight", "2.bias"]
+    assert np.isnan(layers["gradients/sd"][:, :2]).all()
+    assert np.isfinite(layers["activations/sd"]).all()
+
+
+def test_a_parameter_without_a_gradient_has_none_on_record():
+    layers = learner(Telemetry(every=1), model=Shared()).fit(1).layers
+    i = layers.parameters.index("unused.weight")
+    assert np.isnan(layers["parameters/gradient"][:, i]).all()
+    assert (layers["parameters/update"][:, i] == 0).all()
+    assert np.isnan(layers["activations/mean"][:, layers.names.index("unused")]).all()
+
+
+def test_dead_units_are_those_of_a_whole_window():
+    class Waking(nn.Module):
+        """Units 0 to 3 rest always, 4 and 5 all but once in 16 batches."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale, self.n = nn.Parameter(torch.ones(8)), 0
+
+        def forward(self, x):
+            on = torch.ones(8)
+            on[:4] = 0
+            on[4:6] = float(self.n % 16 == 3)
+            self.n += 1
+            return (x * self.scale * on).relu()
+
+    model = nn.Sequential(Waking(), nn.Linear(8, 3))
+    layers = learner(Telemetry(every=1), model=model, train=batches(8, n=35)).fit(1).layers
+    dead = layers["activations/dead"][:, 0]
+    assert dead[:32].tolist() == [0.5] * 32
+    assert dead[32:].tolist() == [0.75] * 3  # of the last three
+
+
+def test_a_nan_in_the_midst_is_on_record_in_its_batch_and_layer():
+    train = batches(6)
+    train[3][0][2, 1] = math.nan
+    learn = learner(Telemetry(every=1), train=train)
+    with pytest.raises(NonFiniteLoss):
+        learn.fit(1)
+    layers = learn.record.layers
+    assert recorded(learn)[:4] == [0, 1, 2, 3]
+    assert np.isfinite(layers["activations/mean"][:3]).all()
+    assert np.isnan(layers["activations/mean"][3]).all()
+    assert np.isnan(layers["activations/abs_max"][3]).all()
+
+
+def test_the_batch_whose_loss_stops_the_run_is_on_record(monkeypatch):
+    monkeypatch.setattr("pellucid.tally.READ_INTERVAL", 0.0)  # each batch is read at once
+    train = batches(6)
+    train[3][0][2, 1] = math.nan
+    learn = learner(Telemetry(every=1), train=train)
+    with pytest.raises(NonFiniteLoss):
+        learn.fit(1)
+    assert len(learn.record.batches) == 4 and recorded(learn) == [0, 1, 2, 3]
+    assert np.isnan(learn.record.layers["activations/mean"][3]).all()
+
+
+# ── when it records ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7, 100])
+def test_every_so_manieth_batch_over_the_epochs(every):
+    learn = learner(Telemetry(every=every), valid=batches(6, n=2))
+    learn.fit(4)
+    assert recorded(learn) == list(range(0, 4 * N, every))
+
+
+def test_numbers_do_not_depend_on_how_often():
+    often, seldom = (learner(Telemetry(every=k)).fit(4).layers for k in (1, 3))
+    for name in often:
+        if "dead" not in name:
+            np.testing.assert_array_equal(often[name][::3], seldom[name])
+
+
+class Clock:
+    """A clock that only a batch moves, and more if it is recorded."""
+
+    def __init__(self, plain: float, extra: float):
+        self.now, self.plain, self.extra = 0.0, plain, extra
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def chosen_batches(monkeypatch: Any, plain: float, extra: float, n: int, **settings: Any) -> Any:
+    """Run the choice alone, for n batches that take so long; return which are recorded."""
+    clock = Clock(plain, extra)
+    monkeypatch.setattr(telemetry, "perf_counter", clock)
+    pace = telemetry._Pace(settings.get("every", "auto"), settings.get("budget", 0.05))
+    found = []
+    for batch in range(n):
+        recording = pace.begin()
+        clock.now += clock.plain + recording * clock.extra * (1 + (batch % 5 == 4))
+        pace.end(recording)
+        found += [batch] * recording
+    return np.array(found)
+
+
+@pytest.mark.parametrize(
+    ("plain", "extra", "gap"),
+    [(1.0, 0.5, 10), (1.0, 0.01, 1), (1.0, -0.1, 1), (1.0, 3.0, 60), (1.0, 100.0, 200),
+     (1e-4, 1e-4, 20)],
+)  # fmt: skip
+def test_auto_records_the_first_16_and_then_within_its_budget(monkeypatch, plain, extra, gap):
+    found = chosen_batches(monkeypatch, plain, extra, 4000)
+    assert found[:16].tolist() == list(range(16))
+    assert found[16:19].tolist() == [18, 21, 24]  # to learn what a plain batch costs
+    gaps = np.diff(found[18:])
+    assert set(gaps[1:]) == {gap}
+    assert extra * len(gaps) / (plain * gaps.sum()) <= 0.0501 or gap == 200
+
+
+def test_another_budget_is_kept_too(monkeypatch):
+    assert np.diff(chosen_batches(monkeypatch, 1.0, 0.5, 999, budget=0.5))[-1] == 1
+    assert np.diff(chosen_batches(monkeypatch, 1.0, 0.5, 999, budget=0.01))[-1] == 50
+
+
+def test_a_fixed_number_is_kept_whatever_it_costs(monkeypatch):
+    assert set(np.diff(chosen_batches(monkeypatch, 1.0, 50.0, 99, every=4))) == {4}
+
+
+def test_the_fit_asks_the_clock(monkeypatch):
+    clock = Clock(1.0, 1.0)
+    monkeypatch.setattr(telemetry, "perf_counter", clock)
+
+    class Ticks(Callback):
+        order = 200
+
+        def before_batch(self, learn):
+            clock.now += 1.0
+
+        def after_step(self, learn):
+            [watching] = [cb for cb in learn.callbacks if isinstance(cb, Telemetry)]
+            clock.now += 1.0 * watching._run.recording
+
+    # moments after Telemetry's own: a batch takes one second, two if recorded
+    learn = learner(Telemetry(), Ticks(), train=batches(6, n=100))
+    learn.fit(1)
+    assert recorded(learn) == [*range(16), 18, 21, 24, 44, 64, 84]
+
+
+def test_validation_is_not_recorded():
+    learn = learner(Telemetry(every=1), valid=batches(6, n=3))
+    learn.fit(2)
+    assert recorded(learn) == list(range(2 * N))
+    assert (learn.record.layers.of_kind("activations")[0][:, 0, 0] == 64).all()
+
+
+class Looks(Callback):
+    """Validate at some moment of every batch."""
+
+    def look(self, learn):
+        learn.validate(batches(6, n=2))
+
+
+@pytest.mark.parametrize("moment", ["before_batch", "after_step", "after_batch", "before_epoch"])
+def test_a_look_within_the_fit_is_not_recorded(moment):
+    kind = type("At", (Looks,), {moment: Looks.look})
+    alone, looking = (learner(Telemetry(every=1), *more) for more in ([], [kind()]))
+    for learn in (alone, looking):
+        learn.fit(1)
+    for name in alone.record.layers:
+        np.testing.assert_array_equal(alone.record.layers[name], looking.record.layers[name])
+
+
+def test_what_lsuv_does_with_the_first_batch_is_not_recorded():
+    learn = learner(Telemetry(every=1), LSUV())
+    learn.fit(1)
+    assert (learn.record.layers.of_kind("activations")[0][:, 0, 0] == 64).all()
+    assert learn.record.layers["activations/sd"][0, 0] == pytest.approx(1, abs=0.01)
+
+
+# ── steps, batches and epochs that are cancelled ──────────────────────────────────────────────
+
+
+def raising(moment: str, kind: type[Exception], at: Callable[[Learner], bool], order: int = 0):
+    def act(learn):
+        if learn.training and at(learn):
+            raise kind
+
+    members = {"changes": True, "order": order, moment: lambda self, learn: act(learn)}
+    return type("Raising", (Callback,), members)()
+
+
+@pytest.mark.parametrize("order", [0, 200], ids=["before it", "after it"])
+def test_accumulated_steps(order):
+    accumulate = raising("after_backward", CancelStep, lambda learn: learn.batch_index % 2 == 0,
+                         order)  # fmt: skip
+    learn = learner(Telemetry(every=1), accumulate, train=batches(6, n=6))
+    learn.fit(1)
+    layers = learn.record.layers
+    assert recorded(learn) == list(range(6))
+    assert np.isfinite(layers["activations/mean"]).all()
+    assert np.isfinite(layers["gradients/mean"]).all()
+    update = layers["parameters/update"]
+    assert np.isnan(update[::2]).all() and (update[1::2] > 0).all()
+    assert np.isfinite(layers["parameters/gradient"][1::2]).all()
+
+
+@pytest.mark.parametrize("order", [0, 200], ids=["before it", "after it"])
+@pytest.mark.parametrize(
+    "moment", ["before_batch", "after_predict", "after_backward", "after_step"]
+)
+def test_nothing_remains_of_a_cancelled_batch(moment, order):
+    cancel = raising(moment, CancelBatch, lambda learn: learn.batch_index in (0, 2), order)
+    learn = learner(Telemetry(every=1), cancel)
+    learn.fit(2)
+    # the numbers of batches are those of the record's rows
+    assert recorded(learn) == list(range(len(learn.record.batches))) == list(range(6))
+    sums, _ = learn.record.layers.of_kind("activations")
+    assert (sums[:, 0, 0] == 64).all()
+    means = learn.record.layers["activations/mean"]
+    assert len(np.unique(means[:, 0])) == 6
+
+
+def test_a_cancelled_batch_is_made_up_for_by_the_next():
+    cancel = raising("after_loss", CancelBatch, lambda learn: learn.batch_index == 0)
+    learn = learner(Telemetry(every=4), cancel)
+    learn.fit(1)
+    assert recorded(learn) == [0]
+    [expected] = learn.record.layers["activations/mean"][:, 0]
+    assert expected == pytest.approx(mlp()[0](batches(6)[1][0]).mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("moment", ["before_batch", "after_predict", "after_step"])
+def test_after_a_cancelled_epoch_nothing_is_mixed_up(moment):
+    cancel = raising(moment, CancelEpoch, lambda learn: learn.epoch == 0 and learn.batch_index == 2,
+                     200)  # fmt: skip
+    learn = learner(Telemetry(every=1), cancel, valid=batches(6, n=3))
+    learn.fit(2)
+    assert recorded(learn) == list(range(len(learn.record.batches))) == list(range(2 + N))
+    assert (learn.record.layers.of_kind("activations")[0][:, 0, 0] == 64).all()
+
+
+def test_a_cancelled_fit_keeps_what_was_recorded():
+    cancel = raising("after_loss", CancelFit, lambda learn: learn.batch_index == 3)
+    learn = learner(Telemetry(every=1), cancel)
+    learn.fit(2)
+    assert recorded(learn) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("n", [3, 16, 20])
+def test_an_error_in_the_model_keeps_what_was_recorded(fault, n):
+    class Failing(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls > n:
+                raise fault("broken")
+            return super().forward(x)
+
+    watching, raised = Telemetry(every=1), fault("broken")
+    learn = learner(watching, model=nn.Sequential(Failing(6, 3)), train=batches(6, n=25))
+    with pytest.raises(fault) as caught:
+        learn.fit(1)
+    assert str(caught.value) == str(raised) and caught.value.__cause__ is None
+    assert recorded(learn) == list(range(n))
+    assert not any(module._forward_hooks for module in learn.model.modules())
+    Failing.forward = nn.Linear.forward  # mended
+    learn.fit(1)
+    assert recorded(learn) == list(range(n + 25))
+
+
+def test_a_record_that_cannot_be_written_does_not_hide_the_error(monkeypatch):
+    def broken(self, layers):
+        raise OSError("the device is gone")
+
+    monkeypatch.setattr(telemetry._Window, "read_into", broken)
+    stop = Debug("after_epoch", lambda learn: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        learner(Telemetry(every=1), stop).fit(1)
+
+
+# ── one record for several fits ───────────────────────────────────────────────────────────────
+
+
+def test_several_fits_go_on_in_one_record():
+    learn = learner(Telemetry(every=1))
+    learn.fit(1)
+    layers = learn.record.layers
+    learn.fit(2)
+    assert learn.record.layers is layers
+    assert recorded(learn) == list(range(3 * N))
+    learn.callbacks.pop()
+    learn.fit(1)  # not watched
+    learn.fit(1, callbacks=[Telemetry(every=2)])
+    assert learn.record.layers is layers
+    assert recorded(learn) == [*range(3 * N), 4 * N, 4 * N + 2, 4 * N + 4]
+
+
+def test_other_modules_or_parameters_begin_a_new_record():
+    learn = learner()
+    learn.fit(1, callbacks=[Telemetry(every=1)])
+    learn.fit(1, callbacks=[Telemetry(["0"], every=1)])
+    assert learn.record.layers.names == ["0"] and recorded(learn) == list(range(N, 2 * N))
+    learn.model[2].requires_grad_(False)
+    learn.reset_optimizer()
+    learn.fit(1, callbacks=[Telemetry(["0"], every=1)])
+    assert learn.record.layers.parameters == ["0.weight", "0.bias"]
+
+
+def test_two_in_one_fit_are_refused():
+    with pytest.raises(SetupError, match="one Telemetry in a fit"):
+        learner(Telemetry(), Telemetry(["0"])).fit(1)
+
+
+def test_the_record_is_saved_and_drawn(tmp_path):
+    record = learner(Telemetry(every=1)).fit(1)
+    loaded = Record.load(record.save(tmp_path / "run.json")).layers
+    for name in record.layers:
+        np.testing.assert_array_equal(loaded[name], record.layers[name])
+    assert loaded.plot_levels().axes
+
+
+# ── what it watches ───────────────────────────────────────────────────────────────────────────
+
+
+def test_by_itself_it_watches_what_computes():
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(6, 8), nn.Sequential(nn.ReLU(), nn.Dropout(), nn.Identity()),
+        nn.MultiheadAttention(8, 2),
+    )  # fmt: skip
+    assert list(telemetry.chosen(model, None)) == ["1", "2.0", "3"]
+    assert list(telemetry.chosen(nn.Linear(2, 2), None)) == ["Linear"]
+
+
+def test_modules_by_name_or_as_they_are():
+    model = mlp()
+    assert telemetry.chosen(model, ["2", model[0]]) == {"2": model[2], "0": model[0]}
+    assert telemetry.chosen(model, [model]) == {"Sequential": model}
+    assert telemetry.chosen(model, iter(["1"])) == {"1": model[1]}
+    layers = learner(Telemetry(["2", model[0]], every=1), model=model).fit(1).layers
+    assert layers.names == ["2", "0"] and layers.types == ["Linear", "Linear"]
+    assert np.isfinite(layers["gradients/sd"]).all()
+
+
+def test_a_misspelt_module_names_the_nearest():
+    model = nn.ModuleDict({"encoder": nn.Linear(6, 3), "head": nn.Linear(3, 3)})
+    with pytest.raises(UnknownName, match=r"no module 'encodr'.*\n.*did you mean 'encoder'"):
+        telemetry.chosen(model, ["head", "encodr"])
+
+
+def test_a_module_of_another_model_is_refused():
+    with pytest.raises(SetupError, match="watches modules of the model"):
+        learner(Telemetry([nn.Linear(6, 8)])).fit(1)
+
+
+@pytest.mark.parametrize("modules", ["0", nn.Linear(2, 2), 3])
+def test_one_module_is_given_as_a_list(modules):
+    with pytest.raises(SetupError, match="modules takes several"):
+        Telemetry(modules)
+
+
+def test_nothing_to_watch_is_refused():
+    with pytest.raises(SetupError, match="no module to watch"):
+        learner(Telemetry([])).fit(1)
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, "always", None])
+def test_every_is_auto_or_a_whole_number(every):
+    with pytest.raises(SetupError, match="every must be"):
+        Telemetry(every=every)
+
+
+@pytest.mark.parametrize("budget", [0, -0.1, 1.1, math.nan])
+def test_the_budget_is_a_share(budget):
+    with pytest.raises(SetupError, match="budget must lie"):
+        Telemetry(budget=budget)
+
+
+def test_modules_that_never_work_are_told():
+    with pytest.raises(SetupError, match="None of the watched modules was seen at work"):
+        learner(Telemetry(["unused"]), model=Shared()).fit(1)
+
+
+# ── copies ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+def test_it_copies_also_in_the_midst_of_a_fit(way):
+    twins = []
+
+    def take(learn):
+        if learn.batch_index == 2:
+            twins.append(way(learn.callbacks[1]))
+
+    learn = learner(Telemetry(["0"], 2, 0.1), Debug("after_step", take))
+    learn.fit(1)
+    [twin] = twins
+    assert repr(twin) == repr(learn.callbacks[1]) == "Telemetry(modules=['0'], every=2, budget=0.1)"
+    assert twin._run is None
+    assert recorded(learn) == [0, 2, 4]
+    other = learner(twin)
+    other.fit(1)
+    assert recorded(other) == [0, 2, 4]
+
+
+def test_a_model_copied_in_the_midst_of_a_fit_is_not_watched():
+    twins = []
+    learn = learner(
+        Telemetry(every=1), Debug("after_loss", lambda learn: twins.append(copy.deepcopy(mlp())))
+    )
+    learn.fit(1)
+
+    def copied(learn):
+        twins.append(copy.deepcopy(learn.model))
+        twins[-1](torch.randn(50, 6)).sum().backward()
+
+    learn = learner(Telemetry(every=1), Debug("before_batch", copied))
+    learn.fit(1)
+    twins[-1](torch.randn(50, 6)).sum().backward()
+    assert (learn.record.layers.of_kind("activations")[0][:, 0, 0] == 64).all()
+
+
+def test_tracing_a_watched_learner_leaves_its_record_alone():
+    learn = learner(Telemetry(every=1))
+    learn.fit(1)
+    acts = learn.trace(3)
+    assert {act.event for act in acts if act.by == "Telemetry"} >= {"before_batch", "after_step"}
+    assert recorded(learn) == list(range(N))
+
+
+# ── torch.compile ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def compiled_learner(*callbacks: Callback) -> Learner:
+    model: Any = torch.compile(nn.Sequential(nn.Linear(6, 3)), backend="aot_eager")
+    torch.manual_seed(0)
+    model._orig_mod[0].reset_parameters()
+    return learner(*callbacks, model=model)
+
+
+def test_a_compiled_model_is_watched_too(fresh_compiler):
+    learn = compiled_learner(Telemetry(every=2))
+    learn.fit(1)
+    layers = learn.record.layers
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert layers.names == ["0"] and layers.parameters == ["0.weight", "0.bias"]
+    assert recorded(learn) == [0, 2, 4]
+    plain = compiled_learner()
+    torch.compiler.reset()
+    model = plain.model._orig_mod
+    expected = by_hand(model, batches(6))
+    for name, values in expected.items():
+        known = slice(1 if "gradients" in name else 0, None)  # not those of the first batch
+        np.testing.assert_allclose(
+            layers[name][known], values[::2][known], rtol=1e-4, atol=1e-6, err_msg=name
+        )
+    # code that was compiled for the hooks of the first fit knows none of the second's
+    with pytest.raises(SetupError, match=r"torch\.compiler\.reset\(\)"):
+        learn.fit(1)
+
+
+def test_a_model_that_was_called_compiled_before_is_refused(fresh_compiler):
+    learn = compiled_learner(Telemetry(every=3))
+    learn.model.train()
+    learn.model(batches(6)[0][0]).sum().backward()
+    learn.model.zero_grad()
+    with pytest.raises(SetupError, match=r"torch\.compiler\.reset\(\)"):
+        learn.fit(1)
+    torch.compiler.reset()
+    learn.fit(1)
+    assert len(recorded(learn)) == 2
+
+
+# ── memory ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Weighs(Callback):
+    """Ask what memory the process holds, at two batches."""
+
+    def __init__(self, first: int, last: int):
+        self.at, self.bytes = (first, last), []
+
+    def after_batch(self, learn):
+        if len(learn.record.batches) and learn.step in self.at:
+            self.bytes.append(tracemalloc.get_traced_memory()[0])
+
+
+def grown(n: int, *callbacks: Callback) -> int:
+    """Return what a fit takes more after n batches than after a fifth of them, in bytes."""
+    one = batches(6, n=1)[0]
+    weighs = Weighs(n // 5, n - 1)
+
+    class Same:
+        def __len__(self):
+            return n
+
+        def __iter__(self):
+            return (one for _ in range(n))
+
+    learn = learner(weighs, *callbacks, train=Same())
+    tracemalloc.start()
+    try:
+        learn.fit(1)
+    finally:
+        tracemalloc.stop()
+    first, last = weighs.bytes
+    return last - first
+
+
+def test_telemetry_adds_nothing_as_the_run_goes_on():
+    # 700 recordings: the 192 rows are joined twice meanwhile
+    assert grown(1200, Telemetry(every=1)) - grown(1200) < 40_000
