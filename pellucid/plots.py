@@ -134,6 +134,44 @@ def plot_images(images: np.ndarray, titles: Sequence[str], columns: int = 8) -> 
     return drawing
 
 
+def plot_init_study(names: Sequence[str], studies: Mapping[str, Mapping[str, Numbers]]) -> Figure:
+    """Draw the standard deviations through depth: outputs, gradients and weights, a panel each.
+
+    Args:
+        names: of the layers, in order.
+        studies: by label, each with the columns "sd", "grad_sd" and "weight_sd", an entry a layer;
+            what is zero or not finite is a cross at the lower or the upper edge.
+    """
+    drawing, panels = figure(3, width=4.4)
+    titles = {"sd": "outputs", "grad_sd": "gradients of weights", "weight_sd": "weights"}
+    for axes, (column, title) in zip(panels, titles.items(), strict=True):
+        for colour, (label, study) in zip(_COLOURS * 9, studies.items(), strict=False):
+            values, depth = np.asarray(study[column], float), np.arange(1, len(study[column]) + 1)
+            good = np.isfinite(values) & (values > 0)
+            marker = "o" if len(names) <= 20 else ""
+            line = np.where(good, values, np.nan)
+            axes.plot(depth, line, color=colour, marker=marker, markersize=4, label=label)
+            for edge, off in ((0.02, values == 0), (0.98, ~np.isfinite(values))):
+                at_edge = np.full(off.sum(), edge)
+                where = axes.get_xaxis_transform()
+                axes.plot(depth[off], at_edge, "x", color=colour, transform=where)
+        axes.set(title=f"sd of {title}", yscale="log")
+        axes.tick_params(which="minor", labelsize=7)
+        _name_depths(axes, names)
+    panels[0].axhline(1, color=_GREY, linewidth=0.8, linestyle="--", zorder=0)
+    if len(studies) > 1:
+        panels[0].legend(frameon=False)
+    return drawing
+
+
+def _name_depths(axes: Axes, names: Sequence[str]) -> None:
+    if len(names) <= 20:
+        rotation = 90 if len("".join(names)) > 50 else 0
+        axes.set_xticks(range(1, len(names) + 1), names, rotation=rotation, fontsize=8)
+    else:
+        axes.set_xlabel("layer")
+
+
 def _draw_loss(axes: Axes, batches: Table, epochs: Table) -> None:
     losses = batches["train/loss"]
     steps = np.arange(1, len(losses) + 1)

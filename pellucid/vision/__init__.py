@@ -1,7 +1,7 @@
 """Models for images, and their augmentation in whole batches."""
 
 from .augment import Augment, cutout, flip_and_shift, recolour, warp
-from .models import mlp, simple_cnn, small_resnet
+from .models import mlp, simple_cnn, small_resnet, xresnet, xresnet18, xresnet34, xresnet50
 
 __all__ = [
     "Augment",
@@ -12,4 +12,8 @@ __all__ = [
     "simple_cnn",
     "small_resnet",
     "warp",
+    "xresnet",
+    "xresnet18",
+    "xresnet34",
+    "xresnet50",
 ]

@@ -1,0 +1,23 @@
+"""How a network begins: initial weights by formula or by data, and a study of what they do.
+
+The layers meant throughout are Linear and the convolutions of any rank, transposed ones too.
+Normalisation, embeddings, recurrent layers and torch's attention keep what they have.
+"""
+
+from .by_data import LSUVReport, lsuv
+from .by_formula import fans, init_kaiming, init_orthogonal, init_xavier
+from .residual import fixup
+from .study import InitStudy, LayerStudy, study_init
+
+__all__ = [
+    "InitStudy",
+    "LSUVReport",
+    "LayerStudy",
+    "fans",
+    "fixup",
+    "init_kaiming",
+    "init_orthogonal",
+    "init_xavier",
+    "lsuv",
+    "study_init",
+]
