@@ -13,10 +13,16 @@ check: .venv/dev
 benchmark: .venv/dev
 	.venv/bin/python benchmarks/overhead.py && .venv/bin/python benchmarks/feeding.py && .venv/bin/python benchmarks/imports.py
 
+lessons: .venv/lessons
+	.venv/bin/python lessons/build.py
+
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv && .venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e . && touch $@
 
 .venv/dev: .venv/installed
 	.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]" && touch $@
 
-.PHONY: demo test check benchmark
+.venv/lessons: .venv/installed
+	.venv/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[lessons]" && touch $@
+
+.PHONY: demo test check benchmark lessons

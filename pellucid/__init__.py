@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .ablation import ablate
     from .data import DataLoaders, Loader
     from .device import seed_everything
     from .errors import PellucidError
@@ -27,6 +28,7 @@ _HOMES = {
     "Loader": "data",
     "PellucidError": "errors",
     "Record": "record",
+    "ablate": "ablation",
     "seed_everything": "device",
 }
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, AdamW, Optimizer
 
-from . import tree
+from . import foundations, tree, weights
 from .binding import Around, bind
 from .data import DataLoaders, check_length, length
 from .device import choose_device
-from .errors import CallbackError, DataNotFound, SetupError
+from .errors import CallbackError, SetupError
 from .events import Callback, CancelBatch, CancelEpoch, CancelFit, CancelStep, in_order
 from .looks import predict, untouched, validate
 from .losses import ready_loss
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from .callbacks.find_lr import LRSearch
     from .callbacks.trace import Trace
+    from .outline import Summary
 
 _NOTHING = nullcontext()
 
@@ -85,7 +86,7 @@ class Learner:
         callbacks: Iterable[Callback] = (),
         device: str | torch.device = "auto",
     ):
-        if not isinstance(model, nn.Module):
+        if not isinstance(model, nn.Module | foundations.Module):
             raise SetupError("The model must be a torch module.", saw=repr(model))
         self.device, self.device_reason = choose_device(device)
         self.model = model.to(self.device)
@@ -360,6 +361,12 @@ class Learner:
 
         return find_lr(self, start, end, steps)
 
+    def summary(self, depth: int | None = None) -> Summary:
+        """List the model's modules as a batch goes through; see `summary`."""
+        from .summary import summary
+
+        return summary(self.model, self.data.one_batch()[0], depth=depth)
+
     def trace(self, n: int) -> Trace:
         """Train `n` batches and note who changed what in which moment; see `callbacks.trace`."""
         from .callbacks.trace import trace
@@ -380,19 +387,11 @@ class Learner:
 
     def save(self, path: str | Path) -> Path:
         """Write the model's weights, not the optimiser, as safetensors and return the path."""
-        from safetensors.torch import save_model
-
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_model(self.model, str(path))
-        return Path(path)
+        return weights.save(self.model, path)
 
     def load(self, path: str | Path) -> None:
         """Read weights that `save` wrote, into a model of the same shape."""
-        from safetensors.torch import load_model
-
-        if not Path(path).is_file():
-            raise DataNotFound("There are no saved weights.", saw=str(path))
-        load_model(self.model, str(path), device=str(self.device))
+        weights.load(self.model, path, self.device)
 
     def __repr__(self) -> str:
         name = type(self.model).__name__

@@ -52,7 +52,7 @@ def preserved_buffers(model: nn.Module) -> Generator[None]:
     finally:
         with torch.no_grad():
             for module, name, buffer, values in saved:
-                module._buffers[name] = _refilled(buffer, values)
+                setattr(module, name, _refilled(buffer, values))
 
 
 def _clone(tensor: Tensor | None) -> Tensor | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from . import vision
+from . import vision, weights
 from .data import DataLoaders, FileNames, ImageFiles, Normalize, first
 from .errors import DataError, DataNotFound
 
@@ -61,8 +61,6 @@ class Trained:
             DataNotFound: the folder holds no trained model.
             DataError: its files are broken, or do not belong together.
         """
-        from safetensors.torch import load_model
-
         folder = Path(folder)
         if not (folder / _FACTS).is_file() or not (folder / _WEIGHTS).is_file():
             raise DataNotFound(
@@ -74,7 +72,7 @@ class Trained:
             _check(facts)
             facts["shape"] = tuple(facts["shape"])
             model = _build(facts["name"], facts["shape"], len(facts["classes"]))
-            load_model(model, str(folder / _WEIGHTS))
+            weights.load(model, folder / _WEIGHTS, torch.device("cpu"))
             return cls(model, **facts)
         except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
             raise DataError(
@@ -85,11 +83,9 @@ class Trained:
 
     def save(self, folder: Path) -> None:
         """Write weights and facts into a folder."""
-        from safetensors.torch import save_model
-
         facts = {key: value for key, value in vars(self).items() if key != "model"}
         (folder / _FACTS).write_text(json.dumps(facts, indent=1), "utf-8")
-        save_model(self.model, str(folder / _WEIGHTS))
+        weights.save(self.model, folder / _WEIGHTS)
 
     def predict(
         self, images: Sequence[Path]

@@ -21,8 +21,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from pellucid import Callback, DataLoaders, Learner, Record
 from pellucid.callbacks import Best, EarlyStopping, OneCycle, Progress, Schedule
 from pellucid.data import ArrayDataset, Loader, first
+from pellucid.init import study_init
 from pellucid.metrics import MacroF1, accuracy
 from pellucid.schedules import linear
+from pellucid.summary import summary
 
 # ── all that a look could disturb ─────────────────────────────────────────────────────────────
 
@@ -38,7 +40,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(part) for part in value]
     if isinstance(value, Record):
-        return {name: plain(vars(table)) for name, table in vars(value).items()}
+        return {
+            name: plain(vars(table) if table is not None else None)
+            for name, table in vars(value).items()
+        }
     return copy.copy(value) if isinstance(value, (set, bytearray)) else value
 
 
@@ -258,6 +263,10 @@ LOOKS: dict[str, Callable[[Learner], Any]] = {
     "record.plot": lambda learn: learn.record.plot(),
     "record.plot_loss": lambda learn: learn.record.plot_loss(),
     "record.plot_schedule": lambda learn: learn.record.plot_schedule(),
+    "study_init": lambda learn: study_init(learn.model, first(learn.data.train), F.cross_entropy),
+    "study_init without a loss": lambda learn: study_init(learn.model, torch.ones(5, 6)).plot(),
+    "summary": lambda learn: learn.summary(),
+    "summary of the model alone": lambda learn: summary(learn.model, torch.ones(5, 6)),
     "first of training": lambda learn: first(learn.data.train),
     "first of validation": lambda learn: first(learn.data.valid),
     "repr": lambda learn: (repr(learn), repr(learn.data), repr(learn.record), repr(learn.opt)),
@@ -297,6 +306,7 @@ def test_a_look_before_the_first_fit_changes_nothing(name, data, capsys):
 FAILING = [
     *product(["find_lr", "validate", "predict a loader", "trace"], [0, 1]),
     ("predict a tensor", 0),  # one batch is all it takes
+    ("summary", 0),
 ]
 
 
@@ -425,7 +435,9 @@ def test_the_looks_of_this_file_are_all_there_are(data):
                 "forward", "compute_loss", "backward", "take_step", "zero_grad", "fire",
                 "around"}  # fmt: skip
     public = {name for name in vars(Learner) if name[0] != "_" and callable(getattr(Learner, name))}
-    assert public - no_looks == {"find_lr", "validate", "predict", "trace", "plan", "show_loop"}
+    assert public - no_looks == {
+        "find_lr", "validate", "predict", "trace", "plan", "show_loop", "summary",
+    }  # fmt: skip
 
 
 def test_untouched_undoes_a_whole_fit_and_an_error(data):

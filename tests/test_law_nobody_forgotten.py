@@ -436,6 +436,10 @@ PLOTS = own(
 
 PLOT_EXAMPLES: dict[str, Callable[[Record], tuple[Any, ...]]] = {
     "plot_columns": lambda r: ({"lr/0": [1.0, 2.0], "lr/1": [2.0, 3.0], "momentum": [0.9, 0.8]},),
+    "plot_init_study": lambda r: (
+        ["a", "b"],
+        {"one": {"sd": [1.0, 0.0], "grad_sd": [0.1, math.nan], "weight_sd": [0.2, 0.3]}},
+    ),
     "plot_images": lambda r: (np.random.rand(5, 3, 4, 4), list("abcde"), 3),
     "plot_loss": lambda r: (r.batches, r.epochs),
     "plot_lr_search": lambda r: ([0.1, 1.0, 10.0], [3.0, 2.0, math.nan], [3.0, 2.5, 2.9], 1.0),

@@ -73,9 +73,9 @@ def test_there_are_folders():
 
 
 @pytest.mark.parametrize("name", SUBPACKAGES)
-def test_a_folders_all_is_sorted_real_and_complete(name):
+def test_a_folders_all_is_real_and_complete(name):  # its order is ruff's affair
     module = importlib.import_module(name)
-    assert module.__all__ == sorted(module.__all__)
+    assert len(module.__all__) == len(set(module.__all__))
     assert all(hasattr(module, public) for public in module.__all__)
     brought = imported(ast.parse(Path(module.__file__).read_text()).body)
     assert set(module.__all__) == {public for public in brought if public[0] != "_"}

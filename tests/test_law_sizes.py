@@ -11,7 +11,7 @@ README = PACKAGE.parent / "README.md"
 
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 
-MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS, MAX_LOOP, MAX_README = 400, 60, 8, 600, 150
+MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS, MAX_LOOP, MAX_README = 400, 60, 8, 600, 170
 
 SAY_NOTHING = {"utils", "util", "common", "core", "base", "helpers", "misc", "config"}
 

@@ -230,6 +230,15 @@ class DataLoaders:
         draws = torch.from_numpy(numbers).to(x.device, non_blocking=True).split(wanted, 1)
         return [part if n else None for n, part in zip(wanted, draws, strict=True)]
 
+    def one_batch(self) -> tuple[Any, Any]:
+        """Return the next training batch as the model gets it: inputs, and targets.
+
+        Nothing changes by looking: training will see this very batch.
+        """
+        with preserved_order(self.train), preserved_random_state():
+            x, y = split(next(iter(self.train)), self.n_inputs)
+            return self.prepare(x, training=True), y
+
     def show_batch(self, n: int = 16) -> Figure:
         """Draw the next training images as the model gets them, augmented, with their classes.
 
@@ -247,11 +256,9 @@ class DataLoaders:
 
         if n < 1:
             raise SetupError("Show one image or more.", saw=f"n={n}")
-        with preserved_order(self.train), preserved_random_state():
-            x, y = split(next(iter(self.train)), self.n_inputs)
-            if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] not in (1, 3):
-                raise SetupError("These inputs are no images (n, 1 or 3, h, w).", saw=describe(x))
-            x = self.prepare(x, training=True)
+        x, y = self.one_batch()
+        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] not in (1, 3):
+            raise SetupError("These inputs are no images (n, 1 or 3, h, w).", saw=describe(x))
         for transform in reversed(self.transforms):
             x = getattr(transform, "undo", _unchanged)(x)
         x = x.float() - x.min().clamp(max=0)

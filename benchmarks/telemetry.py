@@ -1,0 +1,334 @@
+r"""What does seeing inside the model cost?
+
+Every contender is a process of its own and trains in an ordinary fit, but its data come from
+`Turns`: it gets a batch only when its turn has come, so that all go through the same batch one
+after the other, and what else the machine does falls on all of them. Costs are CPU time of single
+batches, one torch thread; a ratio is of two batches of the same round: with against without.
+
+fastai is optional, see `overhead.py` for an environment that has it. miniai, the library of the
+fast.ai course, is not on PyPI (a package of that name is something else): a contender does what
+its statistics do, in a bare loop.
+
+    python benchmarks/telemetry.py
+
+`python benchmarks/telemetry.py quick` takes few batches, to see whether it runs.
+"""
+
+import hashlib
+import multiprocessing
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from io import StringIO
+from itertools import pairwise
+from multiprocessing.connection import Connection
+from time import process_time
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from measure import report, spread, table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD
+
+from pellucid import DataLoaders, Learner
+from pellucid.callbacks import Progress, Telemetry
+from pellucid.hooks import leaves
+from pellucid.layers import LayerRecord
+from pellucid.vision import simple_cnn, small_resnet, xresnet18
+
+Batch = tuple[Tensor, Tensor]
+LR = 0.05
+EPOCH = 98  # 50,000 images in batches of 512
+START = 25  # batches of which the default records most, before it chooses by cost
+WARM = 3  # batches left out, in which torch chooses its kernels
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, the shape of its batches, and for how many of them each contender runs."""
+
+    make_model: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    n_ours: int
+    n_peers: int
+
+
+TASKS = {
+    "MNIST CNN, batch 512": Task(
+        partial(simple_cnn, 1, 10, (8, 16, 32, 32), 5), (512, 1, 28, 28), 4 * EPOCH, 40
+    ),
+    "xresnet18 at 32 px, batch 64": Task(partial(xresnet18, 3, 10), (64, 3, 32, 32), EPOCH, 20),
+    "small_resnet at 32 px, batch 64": Task(
+        partial(small_resnet, 3, 10), (64, 3, 32, 32), 2 * EPOCH, 30
+    ),
+}
+
+
+class Turns:
+    """Batches that are given when a message says so; answers with the seconds each took."""
+
+    def __init__(self, shape: tuple[int, ...], n: int, pipe: Connection):
+        generator = torch.Generator().manual_seed(0)
+        images = [torch.randn(shape, generator=generator) for _ in range(8)]
+        labels = [torch.randint(10, shape[:1], generator=generator) for _ in images]
+        self._batches, self._n, self._pipe = list(zip(images, labels, strict=True)), n, pipe
+        self.began = 0.0
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __iter__(self) -> Iterator[Batch]:
+        for i in range(self._n):
+            self._pipe.recv()
+            start = process_time()
+            self.began = self.began or start
+            yield self._batches[i % len(self._batches)]
+            self._pipe.send(process_time() - start)
+
+
+Run = Callable[[nn.Module, Turns], Any]
+
+
+def bare(model: nn.Module, batches: Turns) -> None:
+    optimizer = SGD(model.parameters(), lr=LR)
+    model.train()
+    for x, y in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def as_miniai(model: nn.Module, batches: Turns) -> None:
+    """Keep of every layer's output, copied to the host, mean, sd and 40 bins from 0 to 10."""
+    kept: list[tuple[Tensor, ...]] = []
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        values = output.detach().cpu()
+        kept.append((values.mean(), values.std(), torch.histc(values.abs(), 40, 0, 10)))
+
+    handles = [module.register_forward_hook(look) for module in leaves(model).values()]
+    bare(model, batches)
+    for handle in handles:
+        handle.remove()
+
+
+def pellucid(model: nn.Module, batches: Turns, every: int | str | None = None) -> list[int]:
+    """Return which batches were recorded; None is to train without Telemetry."""
+    learn = Learner(model, DataLoaders(batches), F.cross_entropy, SGD, LR, device="cpu")
+    looking = [] if every is None else [Telemetry(every=every)]
+    # the record itself joins rows when it is full
+    append = patch.object(LayerRecord, "append", autospec=True, side_effect=LayerRecord.append)
+    with append as appended:
+        learn.fit(1, callbacks=[Progress("off"), *looking])
+    return [call.args[1][0] for call in appended.call_args_list]
+
+
+def fastai(model: nn.Module, batches: Turns, every_leaf: bool = False, **settings: Any) -> None:
+    """With settings, train with ActivationStats; its own choice are modules with parameters."""
+    from fastai.basics import DataLoaders, Learner, OptimWrapper
+    from fastai.callback.hook import ActivationStats
+
+    looking = []
+    if settings:
+        modules = list(leaves(model).values()) if every_leaf else None
+        looking = [ActivationStats(modules=modules, **settings)]
+    learn = Learner(
+        DataLoaders(batches, []),
+        model,
+        loss_func=F.cross_entropy,
+        opt_func=OptimWrapper(opt=SGD(model.parameters(), lr=LR)),
+        lr=LR,
+        cbs=looking,
+    )
+    learn.fit(1)
+
+
+WITHOUT, DEFAULT, DENSELY = (
+    "pellucid without",
+    "pellucid Telemetry(), the default",
+    "pellucid Telemetry(every=1)",
+)
+OURS: dict[str, Run] = {
+    WITHOUT: pellucid,
+    DEFAULT: partial(pellucid, every="auto"),
+    DENSELY: partial(pellucid, every=1),
+}
+PEERS: dict[str, Run] = {
+    "bare loop": bare,
+    "as miniai does it: every leaf, every batch": as_miniai,
+    "fastai without": fastai,
+    "fastai ActivationStats(with_hist=True), every leaf": partial(
+        fastai, every_leaf=True, with_hist=True
+    ),
+    "fastai ActivationStats(with_hist=True)": partial(fastai, with_hist=True),
+    "fastai ActivationStats(), no histogram": partial(fastai, with_hist=False),
+}
+EVERYONE = OURS | PEERS
+
+
+def reference(name: str) -> str:
+    """Return what a contender is compared with."""
+    if name in OURS:
+        return WITHOUT
+    return "fastai without" if name.startswith("fastai") else "bare loop"
+
+
+def contend(task_name: str, name: str, n: int, pipe: Connection) -> None:
+    """Train as one contender, in a process of its own."""
+    torch.set_num_threads(1)
+    task = TASKS[task_name]
+    torch.manual_seed(0)
+    model = task.make_model()
+    batches = Turns(task.shape, n, pipe)
+    began = process_time()
+    with redirect_stdout(StringIO()):
+        recorded = EVERYONE[name](model, batches)
+    digest = hashlib.sha256()
+    for values in model.state_dict().values():
+        digest.update(values.numpy().tobytes())
+    pipe.send((recorded, digest.hexdigest(), batches.began - began))
+
+
+@dataclass
+class Outcome:
+    """What is known of a contender: seconds of each batch, and what it sent in the end."""
+
+    seconds: list[float]
+    recorded: Sequence[int] = ()
+    digest: str = ""
+    start: float = 0.0
+
+
+def in_rounds(task_name: str, n_batches: Mapping[str, int]) -> dict[str, Outcome]:
+    """Let all contenders train one batch after the other, forwards and backwards in turns."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    for name, n in n_batches.items():
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=contend, args=(task_name, name, n, theirs), daemon=True).start()
+        theirs.close()
+    outcomes = {name: Outcome([]) for name in n_batches}
+    for round_number in range(max(n_batches.values())):
+        running = [name for name, n in n_batches.items() if round_number < n]
+        for name in running if round_number % 2 else reversed(running):
+            pipes[name].send("your turn")
+            outcomes[name].seconds.append(pipes[name].recv())
+    for name, outcome in outcomes.items():
+        outcome.recorded, outcome.digest, outcome.start = pipes[name].recv()
+    return outcomes
+
+
+def ratios(outcome: Outcome, base: Outcome, rounds: Sequence[int]) -> list[float]:
+    return [outcome.seconds[i] / base.seconds[i] for i in rounds]
+
+
+def rows_of_all(outcomes: Mapping[str, Outcome]) -> list[list[str]]:
+    """Return a row for each contender that does the same in every batch."""
+    rows = []
+    for name, outcome in outcomes.items():
+        if name == DEFAULT:
+            continue
+        base = outcomes[reference(name)]
+        rounds = range(WARM, len(outcome.seconds))
+        ms = spread([outcome.seconds[i] * 1e3 for i in rounds])
+        extra = [(outcome.seconds[i] - base.seconds[i]) * 1e3 for i in rounds]
+        more = [spread(extra), spread(ratios(outcome, base, rounds), 3)]
+        rows.append([name, str(len(rounds)), ms, *(["", "1"] if outcome is base else more)])
+    return rows
+
+
+def default_setting(outcomes: Mapping[str, Outcome]) -> str:
+    """Return what the default chose and what that costs, by Telemetry over without."""
+    ours, base = outcomes[DEFAULT], outcomes[WITHOUT]
+    n = len(ours.seconds)
+    recorded = set(ours.recorded)
+    looks = ratios(ours, base, [i for i in range(WARM, n) if i in recorded])
+    others = ratios(ours, base, [i for i in range(WARM, n) if i not in recorded])
+    look, other = statistics.median(looks), statistics.median(others)
+    later = sorted(i for i in recorded if i >= START)
+    gaps = [b - a for a, b in pairwise(later)]
+
+    def row(first: int, last: int) -> list[str]:
+        share = len(recorded & {*range(first, last)}) / (last - first)
+        sums = sum(ours.seconds[first:last]) / sum(base.seconds[first:last])
+        by_medians = other + (look - other) * share
+        return [f"{first + 1} to {last}", f"{share:.1%}", f"{by_medians:.3f}", f"{sums:.3f}"]
+
+    heads = ["batches", "recorded", "ratio, from the medians", "ratio of sums"]
+    stretches = {(0, EPOCH), (START, n), (0, n)}
+    rows = [row(first, last) for first, last in sorted(stretches) if last <= n]
+    chosen = f"every {spread(gaps, 0)}, from {min(gaps)} to {max(gaps)}"
+    return (
+        f"The default, over the Learner without: a recorded batch {spread(looks, 3)}, another "
+        f"{spread(others, 3)}. By these medians 5 % would be every "
+        f"{max(1.0, (look - other) / (0.05 * other)):.1f} batches; after batch {START} it recorded "
+        f"{chosen}. Before the first batch it takes {(ours.start - base.start) * 1e3:.0f} ms more."
+        f"\n\n{table(heads, rows)}"
+    )
+
+
+def by_op(task_name: str, n: int = 10) -> str:
+    """Return what a recorded batch does more than another, by torch's profiler."""
+    task = TASKS[task_name]
+    here, there = multiprocessing.Pipe()
+    sums: dict[str, dict[str, tuple[float, int]]] = {}
+    for name in (WITHOUT, DENSELY):
+        model = task.make_model()
+        for _ in range(n):
+            there.send("your turn")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            EVERYONE[name](model, Turns(task.shape, n, here))
+        sums[name] = {
+            event.key: (event.self_cpu_time_total / n, event.count // n)
+            for event in profiler.key_averages()
+        }
+    more = []
+    for op, (us, count) in sums[DENSELY].items():
+        us_without, count_without = sums[WITHOUT].get(op, (0.0, 0))
+        if count > count_without:
+            more.append((us - us_without, count - count_without, op))
+    more.sort(reverse=True)
+    rest = more[12:]
+    rest_us, rest_count = sum(us for us, _, _ in rest), sum(count for _, count, _ in rest)
+    rows = [(us, count, op) for us, count, op in [*more[:12], (rest_us, rest_count, "the rest")]]
+    return table(["op", "calls", "µs"], [[op, str(count), f"{us:.0f}"] for us, count, op in rows])
+
+
+def main(quick: bool) -> None:
+    torch.set_num_threads(1)
+    parts = [
+        "Ratios are of batches of the same round: ours over the Learner without Telemetry, "
+        "fastai's over its Learner without ActivationStats, the course's over a bare loop. Median "
+        "and quartiles, CPU time. Ours records activations, gradients and updates, the others "
+        "activations alone."
+    ]
+    peers = [name for name in PEERS if not name.startswith("fastai") or find_spec("fastai")]
+    for task_name, task in TASKS.items():
+        n_batches = dict.fromkeys(OURS, 80 if quick else task.n_ours)
+        n_batches |= dict.fromkeys(peers, 10 if quick else task.n_peers)
+        outcomes = in_rounds(task_name, n_batches)
+        n_leaves = len(leaves(task.make_model()))
+        heads = ["contender", "batches", "ms a batch", "more, ms", "ratio"]
+        same = len({outcomes[name].digest for name in OURS}) == 1
+        parts += [
+            f"## {task_name}: {n_leaves} leaves",
+            table(heads, rows_of_all(outcomes)),
+            default_setting(outcomes),
+            f"Weights and buffers of ours after {n_batches[WITHOUT]} batches, without, by default "
+            f"and every=1: {'bit for bit the same' if same else 'DIFFERENT'}.",
+            "What a recorded batch does more, by torch's profiler, which adds to each call:",
+            by_op(task_name),
+        ]
+        print("\n\n".join(parts[-6:]), file=sys.stderr)
+    if not quick:
+        report("telemetry", "Cost of telemetry", "python benchmarks/telemetry.py", *parts)
+
+
+if __name__ == "__main__":
+    main(quick=sys.argv[1:] == ["quick"])
