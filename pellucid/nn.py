@@ -18,6 +18,9 @@ from .tree import describe
 _FEW, _LEAST_VARIANCE = 20, 0.01
 """While fewer items were seen, `RunningBatchNorm` takes no variance for smaller than this."""
 
+_COUNTED_IN = 1024
+"""Values are counted by so many: a norm that was made float16 can count to 65,504 only."""
+
 
 class GeneralReLU(nn.Module):
     """ReLU, optionally with a slope below zero, shifted down, and capped.
@@ -66,7 +69,7 @@ def gain_of(activation: Callable[[Tensor], Tensor] | None) -> float:
     if activation is None:
         return 1.0
     if isinstance(activation, nn.Module):
-        activation = copy.deepcopy(activation).double()  # it may have parameters
+        activation = copy.deepcopy(activation).to("cpu", torch.float64)  # it may have parameters
     z = torch.linspace(-8, 8, 4097, dtype=torch.float64, device="cpu")
     density = torch.exp(-z.square() / 2)
     with torch.no_grad():
@@ -162,7 +165,7 @@ class RunningBatchNorm(nn.Module):
     Attributes:
         weight, bias: (c,) each, learnt; at first 1 and 0.
         running_mean, running_var: (c,) each, the population mean and variance.
-        running_count: the average number of values per channel in a batch.
+        running_count: the average number of values per channel in a batch, in units of 1024.
         n_seen: items seen in training. While they are fewer than 20, no variance counts as less
             than 0.01.
     """
@@ -195,7 +198,9 @@ class RunningBatchNorm(nn.Module):
                 f"RunningBatchNorm({self.n_channels}) takes (n, {self.n_channels}, ...).",
                 saw=describe(x),
             )
-        wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        wide = x.to(
+            torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float)
+        )
         mean, var = self.running_mean, self.running_var
         if self.training and x.numel():
             mean, var = self._updated(wide)
@@ -210,7 +215,7 @@ class RunningBatchNorm(nn.Module):
         n_items, n_values = x.shape[0], x.numel() // self.n_channels
         momentum = 1 - (1 - self.momentum) / math.sqrt(max(n_items - 1, 1))
         past = self.running_count * (1 - momentum)
-        self.running_count.copy_(past + momentum * n_values)
+        self.running_count.copy_(past + momentum * n_values / _COUNTED_IN)
         kept = past / self.running_count  # the past's share in all sums; of nothing, exactly 0
         self.n_seen += n_items
         var, mean = torch.var_mean(x, [i for i in range(x.ndim) if i != 1], correction=0)

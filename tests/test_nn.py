@@ -313,6 +313,18 @@ def test_low_precision_is_normalised_in_float32(dtype):
     assert low.running_mean.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_norm_of_low_precision_counts_large_maps(dtype):
+    low, wide = RunningBatchNorm(3).to(dtype), RunningBatchNorm(3)
+    for i in range(40):  # 90,000 values a channel: float16 ends at 65,504
+        x = (torch.randn(9, 3, 100, 100) + i % 2).to(dtype)
+        out = low(x)
+        torch.testing.assert_close(out, wide(x.float()).to(dtype), atol=0.05, rtol=0.05)
+    assert low.running_mean.dtype == out.dtype == dtype
+    out.sum().backward()
+    assert low.weight.grad.isfinite().all()
+
+
 def test_it_works_under_autocast():
     model = conv_norm_act(1, 4, norm=RunningBatchNorm)
     with torch.autocast("cpu", torch.bfloat16):
