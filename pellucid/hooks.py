@@ -93,9 +93,9 @@ class _Watch:
         if not hook.backward:
             hook.fn(hook, module, inputs, output)
             return
-        for leaf in tree.leaves(output):
-            if isinstance(leaf, Tensor) and leaf.requires_grad and not leaf.is_leaf:
-                leaf.register_hook(self._arrived)
+        for tensor in tensors_in(output):
+            if tensor.requires_grad and not tensor.is_leaf:
+                tensor.register_hook(self._arrived)
 
     def _arrived(self, grad: Tensor) -> None:
         hook = self._hook()
@@ -171,6 +171,11 @@ class Hooks(Sequence[Hook]):
         shown = "".join(f"\n  {hook!r}" for hook in self._hooks[:10])
         rest = "\n  ..." * (len(self) > 10)
         return f"Hooks ({len(self)} items){shown}{rest}"
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """Return the tensors of what a module gave: itself, or those in tuples, lists and dicts."""
+    return [leaf for leaf in tree.leaves(output) if isinstance(leaf, Tensor)]
 
 
 def find(model: nn.Module, condition: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:

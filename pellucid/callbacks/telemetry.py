@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .. import foundations
 from ..errors import SetupError, UnknownName, did_you_mean
 from ..events import Callback, Cancel
 from ..hooks import find, leaves
 from ..layers import LayerRecord
-from ..meters import Meters
+from ..meters import Meters, sample
 
 if TYPE_CHECKING:
     from ..learner import Learner
@@ -25,16 +26,21 @@ if TYPE_CHECKING:
 _WINDOW = 16
 """Recorded batches between two copies to the host, and in which a dead unit has to be dead."""
 
-_SLOWEST = 200
-"""Batches between two recordings, at most, when the time budget chooses."""
+_SLOWEST = 199
+"""From one recording to the next, at most, when the time budget chooses."""
 
 _ENOUGH = 6
 """Batches that were not recorded, from which on their cost is taken as known."""
 
 _N_WEIGHTS = 4096
-"""Entries of each parameter, spread evenly, whose update is measured."""
+"""Entries of each parameter whose update is measured, about; see `meters.sample`."""
 
-_PASS_ON = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
+_HALVES = (torch.float16, torch.bfloat16)
+
+_PASS_ON = (
+    *(nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd),
+    foundations.Flatten,
+)
 
 
 class Telemetry(Callback):
@@ -45,6 +51,10 @@ class Telemetry(Callback):
     `layers.LayerRecord`. Only training batches are recorded. Weights are bit for bit what they are
     without. Everything is summed up on the device and read a window of 16 recordings later, without
     waiting for it; how things are measured is in `meters`.
+
+    Fits that watch the same modules and train the same parameters go on in one record; others begin
+    a new one. Modules and parameters are those of the fit's beginning: what comes later, a layer
+    that is put in another's place or unfrozen, is not seen.
 
     Works with `torch.compile` if the compiled model has not been called before the fit.
 
@@ -191,7 +201,9 @@ class _Pace:
         else:
             plain = _usual(self._seconds[False])
             extra = _usual(self._seconds[True]) - plain
-            self.every = min(max(math.ceil(extra / (self._budget * plain)), 1), _SLOWEST)
+            chosen = min(max(math.ceil(extra / (self._budget * plain)), 1), _SLOWEST)
+            # odd: where steps are taken each second or fourth batch, those with a step are met too
+            self.every = chosen | 1
         self._n = 1  # the batch just recorded is the first of the new count
 
 
@@ -226,14 +238,14 @@ class _Run:
         """Keep some of each parameter, and take the norms of all and of the gradients."""
         self._meters.recording = False  # the model may be called for a look now
         with torch.no_grad():
-            self._weights = [_spread(param).clone() for param in self._params]
+            self._weights = [sample(param, _N_WEIGHTS).clone() for param in self._params]
             self._window.updates[:, 0] = _norms(self._params)
             self._window.updates[:, 1] = _norms([_gradient(param) for param in self._params])
 
     def measure_updates(self) -> None:
         """Compare with the parameters as they are now."""
         with torch.no_grad():
-            now = [_spread(param) for param in self._params]
+            now = [sample(param, _N_WEIGHTS) for param in self._params]
             changes = torch._foreach_sub(now, self._weights)
             size = _norms(self._weights)
             self._window.updates[:, 2] = torch.where(size > 0, _norms(changes) / size, math.nan)
@@ -270,7 +282,8 @@ class _Run:
                 saw=f"{len(self._meters.names)} modules with hooks, in a whole batch no call",
                 do="call torch.compiler.reset() before the fit: code compiled earlier, for this "
                 "model or another of its kind, knows no hooks. If nothing is compiled, choose "
-                "modules that the forward pass calls.",
+                "modules that the forward pass calls and that give real floats, as a tensor or as "
+                "tensors in tuples, lists and dicts.",
             )
 
 
@@ -330,12 +343,6 @@ class _Window:
         self._sent = []
 
 
-def _spread(param: Tensor) -> Tensor:
-    """Return at most 2 · 4096 entries, spread over the whole parameter, flat."""
-    flat = param.detach().flatten()
-    return flat[:: max(1, len(flat) // _N_WEIGHTS) | 1] if len(flat) > _N_WEIGHTS else flat
-
-
 def _gradient(param: Tensor) -> Tensor:
     """Return the values of a parameter's gradient, NaN if it has none."""
     gradient = param.grad
@@ -345,4 +352,8 @@ def _gradient(param: Tensor) -> Tensor:
 
 
 def _norms(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors))])
+    tensors = list(tensors)
+    # half precision cannot hold the norm of many values; wider numbers refuse to be narrowed
+    narrow = all(tensor.dtype in (torch.float32, *_HALVES) for tensor in tensors)
+    norms = torch._foreach_norm(tensors, 2, torch.float32 if narrow else None)
+    return torch.stack([norm.float() for norm in norms])
