@@ -26,7 +26,7 @@ from . import foundations
 from .histograms import ACTIVATIONS, GRADIENTS, Octaves
 from .hooks import Hooks, tensors_in
 
-N_SAMPLED = 8192
+N_SAMPLED = 4096
 """Values of a tensor that go into its histogram, about: a share is then known to 1 % or better."""
 
 FIELDS = ("n", "sum", "squares", "low", "high", "sampled", "sampled_squares", "saturated")
@@ -69,6 +69,7 @@ class Meters:
         fired: whether any hook has measured anything yet.
         rows: float32 (2, modules, fields + bins): first the activations, then the gradients, of
             each the sums named in `FIELDS` and the histogram, by `ACTIVATIONS` and `GRADIENTS`.
+        tables: of these two, on the device.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], device: torch.device):
@@ -82,6 +83,7 @@ class Meters:
                 self._start[0, i, FIELDS.index("saturated")] = 0.0
         self._start = self._start.to(device)
         self.rows = self._start.clone()
+        self.tables = {bins: bins.table(device) for bins in (ACTIVATIONS, GRADIENTS)}
         where = units_last(self._modules)
         self._meters = [
             (
@@ -140,6 +142,7 @@ class _Meter:
         bounds: tuple[float, float] | None,
     ):
         self.bins, self.last, self.bounds = bins, last, bounds
+        self.table = meters.tables[bins]
         field = {name: meters.rows[(*row, i)] for i, name in enumerate(FIELDS)}
         self.n, self.sum, self.squares = field["n"], field["sum"], field["squares"]
         self.low, self.high = field["low"], field["high"]
@@ -156,15 +159,15 @@ class _Meter:
         self.sum.add_(x.sum(dtype=torch.float32))
         self.squares.add_(sum_of_squares(x))
         low, high = unit_extremes(x, self.last)
-        self.low.copy_(torch.minimum(self.low, low.amin()))
-        self.high.copy_(torch.maximum(self.high, high.amax()))
+        torch.minimum(self.low, low.amin(), out=self.low)
+        torch.maximum(self.high, high.amax(), out=self.high)
         unit_low, unit_high = self.unit_low[: len(low)], self.unit_high[: len(low)]
-        unit_low.copy_(torch.minimum(unit_low, low))
-        unit_high.copy_(torch.maximum(unit_high, high))
+        torch.minimum(unit_low, low, out=unit_low)
+        torch.maximum(unit_high, high, out=unit_high)
         values = sample(x).float()  # half precision cannot hold what follows
         self.sampled.add_(values.numel())
         self.sampled_squares.add_((values - values.mean()).square().sum())
-        self.bins.add(self.histogram, values)
+        self.bins.add(self.histogram, values, self.table)
         if self.bounds is not None:
             below, above = self.bounds
             self.saturated.add_(((values <= below) | (values >= above)).sum())

@@ -90,7 +90,7 @@ def test_nothing_is_dropped(values, n_times):
     for bins in BINS:
         counts = torch.zeros(bins.n_bins)
         for _ in range(n_times):
-            bins.add(counts, x)
+            bins.add(counts, x, bins.table(x.device))
         assert counts.sum() == n_times * len(values)
         expected = np.bincount(by_arithmetic(bins, x.numpy()), minlength=bins.n_bins)
         np.testing.assert_array_equal(counts.numpy(), n_times * expected)
@@ -103,13 +103,14 @@ def test_any_shape_and_layout(shape, transposed):
     x = x.permute(tuple(reversed(range(x.ndim)))) if transposed else x
     assert ACTIVATIONS.index(x).shape == x.shape and ACTIVATIONS.index(x).dtype == torch.int64
     counts = torch.zeros(ACTIVATIONS.n_bins)
-    ACTIVATIONS.add(counts, x)
+    ACTIVATIONS.add(counts, x, ACTIVATIONS.table(x.device))
     assert counts.sum() == x.numel()
 
 
 def test_bins_count_into_a_part_of_a_larger_tensor():
     rows = torch.zeros(3, 2, ACTIVATIONS.n_bins)
-    ACTIVATIONS.add(rows[1, 0], torch.tensor([0.5, -0.5, 0.0]))
+    table = ACTIVATIONS.table(rows.device)
+    ACTIVATIONS.add(rows[1, 0], torch.tensor([0.5, -0.5, 0.0]), table)
     assert rows.sum() == rows[1, 0].sum() == 3
 
 
