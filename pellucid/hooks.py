@@ -183,7 +183,17 @@ def find(model: nn.Module, condition: Callable[[nn.Module], bool]) -> dict[str, 
 
     >>> list(find(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), lambda m: isinstance(m, nn.Linear)))
     ['0']
+
+    Raises:
+        SetupError: the condition is a class of modules.
     """
+    if isinstance(condition, type) and issubclass(condition, nn.Module):
+        name = condition.__name__
+        raise SetupError(
+            "A condition is a function of a module.",
+            saw=f"the class {name}",
+            do=f"find(model, lambda module: isinstance(module, {name})).",
+        )
     inner = getattr(model, "_orig_mod", model)  # torch.compile wraps the model, and adds to names
     return {name: module for name, module in inner.named_modules() if condition(module)}
 

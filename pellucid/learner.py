@@ -275,7 +275,7 @@ class Learner:
 
     def _with_progress(self, callbacks: Iterable[Callback]) -> list[Callback]:
         """Join the learner's callbacks, the fit's, and the table if none of them shows progress."""
-        joined = in_order([*self.callbacks, *callbacks])
+        joined = in_order([*self.callbacks, *in_order(callbacks)])
         if any(callback.shows_progress for callback in joined):
             return joined
         from .callbacks.progress import Progress
@@ -353,7 +353,7 @@ class Learner:
         """Fit with the learning rate rising to `lr` and falling again; see `callbacks.OneCycle`."""
         from .callbacks.schedule import OneCycle
 
-        return self.fit(epochs, callbacks=[OneCycle(lr), *callbacks])
+        return self.fit(epochs, callbacks=[OneCycle(lr), *in_order(callbacks)])
 
     def find_lr(self, start: float = 1e-6, end: float = 10, steps: int = 100) -> LRSearch:
         """Try learning rates on the way from `start` to `end`; see `callbacks.find_lr`."""

@@ -107,7 +107,7 @@ def conv_norm_act(
             begins as nothing (Goyal et al., 2017).
 
     Raises:
-        SetupError: `norm` or `act` is a module instead of what makes one, the kernel is even, or
+        SetupError: `norm` or `act` is not what makes a module, the kernel is even, or
             `zero_norm` finds no weight.
     """
     if kernel % 2 == 0:
@@ -135,11 +135,19 @@ def conv_norm_act(
 
 def _maker(given: Callable[..., nn.Module], argument: str) -> Callable[..., nn.Module]:
     if isinstance(given, nn.Module):
-        name = type(given).__name__
+        kind = type(given)
+        name = f"{'nn.' * kind.__module__.startswith('torch.')}{kind.__name__}"
         raise SetupError(
             f"{argument} must make a module, so that each layer has its own.",
             saw=f"the module {given!r}",
-            do=f"give the class, {argument}=nn.{name}, or a partial of it.",
+            do=f"give the class, {argument}={name}, or a partial of it.",
+        )
+    if not callable(given):
+        raise SetupError(
+            f"{argument} must make a module.",
+            saw=repr(given),
+            do=f"give a class, {argument}=nn.{'ReLU' if argument == 'act' else 'BatchNorm2d'}, "
+            "a partial of one, or None.",
         )
     return given
 

@@ -55,11 +55,13 @@ def summary(model: Model, *inputs: Any, depth: int | None = None) -> Summary:
         depth: how deep to print; None prints all. The result holds all parts in any case.
 
     Raises:
-        SetupError: `inputs` are sizes where tensors are wanted.
+        SetupError: `inputs` are sizes where tensors are wanted, or `depth` is no depth.
         Exception: what the model raises, with a note: the tree up to where it failed.
     """
     if not isinstance(model, Model):
         raise SetupError("A summary needs a model.", saw=repr(model), do="give an instance of it.")
+    if depth is not None and (not isinstance(depth, int) or depth < 0):
+        raise SetupError("depth must be 0 or more, or None for all.", saw=repr(depth))
     whole: Any = getattr(model, "_orig_mod", model)
     _check_inputs(inputs)
     if any(is_lazy(tensor) for tensor in chain(whole.parameters(), whole.buffers())):

@@ -300,6 +300,11 @@ def test_what_is_no_list_of_modules_is_refused(given):
         Hooks(given, count)
 
 
+def test_a_class_is_no_condition():
+    with pytest.raises(SetupError, match=r"isinstance\(module, Linear\)"):
+        find(net(), nn.Linear)
+
+
 # ── a copy of the model is another model ──────────────────────────────────────────────────────
 
 

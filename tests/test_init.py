@@ -484,6 +484,19 @@ def test_lsuv_refuses_what_cannot_work():
             lsuv(model, torch.randn(4, 6), **wrong)
 
 
+@pytest.mark.parametrize("look", [lsuv, study_init])
+def test_a_batch_that_the_model_cannot_take_is_told_with_where_to_find_one(look):
+    with pytest.raises((RuntimeError, TypeError)) as caught:
+        look(simple_cnn(1, 10), torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
+    assert "saw: uint8 4×1×8×8" in caught.value.__notes__[0]
+    assert "one_batch()" in caught.value.__notes__[0]
+
+
+def test_a_study_takes_a_batch_and_no_loader():
+    with pytest.raises(SetupError, match=r"takes one batch(.|\n)*one_batch\(\)"):
+        study_init(simple_cnn(1, 10), iter([torch.zeros(4, 1, 8, 8)]))
+
+
 def test_a_deep_net_learns_after_lsuv_and_not_before():
     x = torch.randn(64, 6)
     y = x[:, :3].argmax(1)

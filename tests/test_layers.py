@@ -189,6 +189,10 @@ def test_names_are_listed_and_an_unknown_one_names_the_nearest():
         layers.plot_histograms("activation")
     with pytest.raises(UnknownName, match="no statistic 3"):
         layers[3]  # ty: ignore[invalid-argument-type]
+    with pytest.raises(UnknownName, match="did you mean 'activations/sd'"):
+        layers["sd"]
+    with pytest.raises(UnknownName, match=r'layers\["activations/sd"\]\[:, 1\]'):
+        layers[layers.names[1]]
 
 
 def test_edges_are_those_of_the_kind():

@@ -161,6 +161,10 @@ def test_conv_norm_act_refuses_what_cannot_work():
         conv_norm_act(3, 4, act=nn.ReLU())
     with pytest.raises(SetupError, match="norm must make a module"):
         conv_norm_act(3, 4, norm=nn.BatchNorm2d(4))
+    with pytest.raises(SetupError, match="norm=RunningBatchNorm,"):
+        conv_norm_act(3, 4, norm=RunningBatchNorm(4))
+    with pytest.raises(SetupError, match=r"'relu'\n.*act=nn\.ReLU"):
+        conv_norm_act(3, 4, act="relu")  # ty: ignore[invalid-argument-type]
     with pytest.raises(SetupError, match="odd"):
         conv_norm_act(3, 4, kernel=4)
     with pytest.raises(SetupError, match="norm with a weight"):

@@ -594,6 +594,12 @@ def test_depth_says_how_much_is_printed_and_changes_no_number():
     assert len(str(summary(small(), x, depth=0)).splitlines()) == len(lines) - 6
 
 
+@pytest.mark.parametrize("depth", ["all", -1, 1.5])
+def test_a_depth_is_a_whole_number_or_none(depth):
+    with pytest.raises(SetupError, match="depth must be 0 or more"):
+        summary(nn.Linear(2, 3), torch.zeros(1, 2), depth=depth)
+
+
 def test_a_part_is_found_by_its_name(tangled):
     assert tangled["attention.qkv"].kind == "Linear"
     assert tangled[""] is tangled.whole

@@ -745,11 +745,15 @@ def test_a_misspelt_module_names_the_nearest():
     model = nn.ModuleDict({"encoder": nn.Linear(6, 3), "head": nn.Linear(3, 3)})
     with pytest.raises(UnknownName, match=r"no module 'encodr'.*\n.*did you mean 'encoder'"):
         telemetry.chosen(model, ["head", "encodr"])
+    with pytest.raises(UnknownName, match="choose one of encoder, head"):
+        telemetry.chosen(model, ["fc"])
 
 
 def test_a_module_of_another_model_is_refused():
     with pytest.raises(SetupError, match="watches modules of the model"):
         learner(Telemetry([nn.Linear(6, 8)])).fit(1)
+    with pytest.raises(SetupError, match=r"hooks\.find"):
+        telemetry.chosen(mlp(), [nn.Linear])  # ty: ignore[invalid-argument-type]
 
 
 @pytest.mark.parametrize("modules", ["0", nn.Linear(2, 2), 3])
@@ -769,7 +773,7 @@ def test_every_is_auto_or_a_whole_number(every):
         Telemetry(every=every)
 
 
-@pytest.mark.parametrize("budget", [0, -0.1, 1.1, math.nan])
+@pytest.mark.parametrize("budget", [0, -0.1, 1.1, math.nan, "5%", None])
 def test_the_budget_is_a_share(budget):
     with pytest.raises(SetupError, match="budget must lie"):
         Telemetry(budget=budget)

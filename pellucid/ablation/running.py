@@ -168,7 +168,7 @@ def _check_build(build: Callable[..., Any], switches: Switches) -> None:
             raise UnknownName(
                 f"build has no argument {name!r} to switch.",
                 saw=f"build{signature}",
-                do=did_you_mean(name, named) if named else f"def build(seed, {name}):",
+                do=did_you_mean(name, named) if named else f"seed first: def build(seed, {name})",
             )
     try:
         signature.bind(0, **switches)

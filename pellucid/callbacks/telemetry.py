@@ -82,7 +82,7 @@ class Telemetry(Callback):
     ):
         if every != "auto" and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
             raise SetupError('every must be "auto" or 1 or more.', saw=repr(every))
-        if not 0 < budget <= 1:
+        if not isinstance(budget, int | float) or not 0 < budget <= 1:
             raise SetupError("budget must lie between 0 and 1.", saw=repr(budget))
         if isinstance(modules, str) or not isinstance(modules, Iterable | None):
             raise SetupError("modules takes several.", saw=repr(modules), do="modules=[...]")
@@ -163,9 +163,14 @@ def _named(model: nn.Module, wanted: Iterable[str | nn.Module]) -> dict[str, nn.
     for thing in wanted:
         name = thing if isinstance(thing, str) else names.get(id(thing))
         if name is None:
-            raise SetupError("Telemetry watches modules of the model.", saw=repr(thing))
+            raise SetupError(
+                "Telemetry watches modules of the model.",
+                saw=repr(thing),
+                do="give names, or what hooks.find(model, condition).values() finds.",
+            )
         if name not in known:
-            raise UnknownName(f"The model has no module {name!r}.", do=did_you_mean(name, known))
+            others = filter(None, known)  # the model's own name is empty
+            raise UnknownName(f"The model has no module {name!r}.", do=did_you_mean(name, others))
         picked[name] = known[name]
     return picked
 

@@ -117,9 +117,15 @@ def study_init(
         n_inputs: how many parts of the batch are inputs.
 
     Raises:
-        SetupError: the model has no such layers.
+        SetupError: the model has no such layers, or `batch` is none.
     """
     layers = weight_layers(model)
+    if not isinstance(batch, Tensor | tuple | list | dict):
+        raise SetupError(
+            "study_init takes one batch.",
+            saw=tree.describe(batch),
+            do="study_init(model, data.one_batch()), data being DataLoaders.",
+        )
     x, y = tree.split(batch, n_inputs)
     with preserved(model), torch.enable_grad():
         model.train()
