@@ -456,7 +456,7 @@ def chosen_batches(monkeypatch: Any, plain: float, extra: float, n: int, **setti
 
 @pytest.mark.parametrize(
     ("plain", "extra", "gap"),
-    [(1.0, 0.5, 11), (1.0, 0.01, 1), (1.0, -0.1, 1), (1.0, 3.0, 61), (1.0, 100.0, 199),
+    [(1.0, 0.5, 11), (1.0, 0.01, 3), (1.0, -0.1, 3), (1.0, 3.0, 61), (1.0, 100.0, 199),
      (1e-4, 1e-4, 21), (1.0, 0.101, 3), (1.0, 9.76, 197)],
 )  # fmt: skip
 def test_auto_records_the_first_16_and_then_within_its_budget(monkeypatch, plain, extra, gap):
@@ -474,8 +474,21 @@ def test_auto_meets_the_steps_of_accumulated_batches(monkeypatch, period):
     assert set(found[19:] % period) == set(range(period))
 
 
+def test_auto_is_not_misled_by_a_machine_that_is_busier_at_times(monkeypatch):
+    # from batch 100 on all takes three times as long, from 200 on as before
+    clock = Clock(1.0, 0.5)
+    monkeypatch.setattr(telemetry, "perf_counter", clock)
+    pace, found = telemetry._Pace("auto", 0.05), []
+    for batch in range(900):
+        recording = pace.begin()
+        clock.now += (1.0 + 0.5 * recording) * (3 if 100 <= batch < 200 else 1)
+        pace.end(recording)
+        found += [batch] * recording
+    assert set(np.diff(found[18:])[1:]) == {11}
+
+
 def test_another_budget_is_kept_too(monkeypatch):
-    assert np.diff(chosen_batches(monkeypatch, 1.0, 0.5, 999, budget=0.5))[-1] == 1
+    assert np.diff(chosen_batches(monkeypatch, 1.0, 0.5, 999, budget=0.1))[-1] == 5
     assert np.diff(chosen_batches(monkeypatch, 1.0, 0.5, 999, budget=0.01))[-1] == 51
 
 

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 _WINDOW = 16
 """Recorded batches between two copies to the host, and in which a dead unit has to be dead."""
 
-_SLOWEST = 199
-"""From one recording to the next, at most, when the time budget chooses."""
+_LEAST, _SLOWEST = 3, 198
+"""Batches from one recording to the next when the time budget chooses, at least and at most. Some
+are never recorded, so that what a batch costs by itself stays known."""
 
-_ENOUGH = 6
-"""Batches that were not recorded, from which on their cost is taken as known."""
+_ENOUGH = 3
+"""Recorded batches after one that was not, from which on their cost is taken as known."""
 
 _N_WEIGHTS = 4096
 """Entries of each parameter whose update is measured, about; see `meters.sample`."""
@@ -181,9 +182,8 @@ class _Pace:
     def __init__(self, every: int | str, budget: float):
         self.every = every if isinstance(every, int) else 1
         self._chooses, self._budget = every == "auto", budget
-        self._seconds: dict[bool, deque[float]] = {
-            recorded: deque(maxlen=_WINDOW) for recorded in (False, True)
-        }
+        self._extra: deque[float] = deque(maxlen=_WINDOW)  # shares of the time of a batch
+        self._before: float | None = None  # seconds of the batch before, if it was not recorded
         self._n = self._n_recorded = 0
         self._began = 0.0
 
@@ -194,27 +194,22 @@ class _Pace:
 
     def end(self, recorded: bool) -> None:
         """Take note of a batch that is over."""
-        self._seconds[recorded].append(perf_counter() - self._began)
+        seconds = perf_counter() - self._began
         self._n += 1
         self._n_recorded += recorded
+        if recorded and self._before:  # neighbours, as the machine may be busier at other times
+            self._extra.append(seconds / self._before - 1)
+        self._before = None if recorded else seconds
         if self._chooses and recorded and self._n_recorded >= _WINDOW:
             self._choose()
 
     def _choose(self) -> None:
-        if len(self._seconds[False]) < _ENOUGH:
-            self.every = 3  # until it is known what a batch costs that is not recorded
-        else:
-            plain = _usual(self._seconds[False])
-            extra = _usual(self._seconds[True]) - plain
-            chosen = min(max(math.ceil(extra / (self._budget * plain)), 1), _SLOWEST)
+        self.every = _LEAST
+        if len(self._extra) >= _ENOUGH:
+            chosen = math.ceil(statistics.median_low(self._extra) / self._budget)
             # odd: where steps are taken each second or fourth batch, those with a step are met too
-            self.every = chosen | 1
+            self.every = min(max(chosen, _LEAST), _SLOWEST) | 1
         self._n = 1  # the batch just recorded is the first of the new count
-
-
-def _usual(seconds: Iterable[float]) -> float:
-    """Return the lower quartile: what else runs on the machine only ever adds."""
-    return statistics.quantiles(seconds, n=4, method="inclusive")[0]
 
 
 class _Run:
