@@ -33,6 +33,16 @@ def bind(callbacks: Iterable[Callback]) -> tuple[Handlers, Spans]:
     return handlers, spans
 
 
+def with_progress(callbacks: Iterable[Callback]) -> list[Callback]:
+    """Return the callbacks of a fit, with the table if none of them shows progress."""
+    callbacks = in_order(callbacks)
+    if any(callback.shows_progress for callback in callbacks):
+        return callbacks
+    from .callbacks.progress import Progress
+
+    return in_order([*callbacks, Progress()])
+
+
 class Around:
     """One stretch of a fit, wrapped by everyone's part of a span.
 
@@ -81,3 +91,12 @@ class Around:
 def _no_span(saw: str) -> CallbackError:
     what = "A callback's around_... method is no span."
     return CallbackError(what, saw=saw, do="a span holds one yield, usually inside a with.")
+
+
+def answered(callback: Callback, moment: str, answer: object) -> CallbackError:
+    """Return the error for a handler that returned something."""
+    return CallbackError(
+        f"{type(callback).__name__}.{moment} returned something, which has no effect.",
+        saw=repr(answer),
+        do="return nothing; assign attributes of `learn`, or raise a Cancel exception.",
+    )

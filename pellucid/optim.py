@@ -64,6 +64,16 @@ def _fastest(opt_func: Callable[..., Optimizer], params: list[nn.Parameter], lr:
     return opt_func(params, lr=lr)
 
 
+def params_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return all parameters of an optimiser."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def gradients(optimizer: Optimizer) -> list[Tensor]:
+    """Return the gradients that an optimiser's parameters have."""
+    return [param.grad for param in params_of(optimizer) if param.grad is not None]
+
+
 def checked_lr(lr: float) -> float:
     """Return a learning rate that is one: a finite number, 0 or more; else raise SetupError."""
     if not isinstance(lr, (int, float, Tensor)) or not 0 <= lr < math.inf:

@@ -29,12 +29,12 @@ LAYERS = {
 LEVEL = {name: i for i, names in enumerate(LAYERS.values()) for name in names.split()}
 
 CONVENIENCES = {
+    "binding -> callbacks.progress",
     "learner -> callbacks.find_lr",
-    "learner -> callbacks.progress",
     "learner -> callbacks.schedule",
     "learner -> callbacks.trace",
 }
-"""What Learner's two- and three-line methods fetch when they are called, and nobody else does."""
+"""What is fetched when it is called: the default table, and by Learner's two-line methods."""
 
 HEAVY = ["matplotlib", "rich", "PIL", "simplejpeg", "cyclopts", "pooch", "requests", "filelock",
          "IPython", "safetensors"]  # fmt: skip

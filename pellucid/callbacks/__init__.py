@@ -1,6 +1,8 @@
 """What plugs into the loop, one concern a file."""
 
+from .accumulate import Accumulate
 from .best import Best
+from .clip import Clip
 from .debug import Debug
 from .early_stopping import EarlyStopping
 from .lsuv import LSUV
@@ -10,7 +12,9 @@ from .telemetry import Telemetry
 
 __all__ = [
     "LSUV",
+    "Accumulate",
     "Best",
+    "Clip",
     "Debug",
     "EarlyStopping",
     "OneCycle",
