@@ -33,14 +33,17 @@ def bind(callbacks: Iterable[Callback]) -> tuple[Handlers, Spans]:
     return handlers, spans
 
 
-def with_progress(callbacks: Iterable[Callback]) -> list[Callback]:
-    """Return the callbacks of a fit, with the table if none of them shows progress."""
-    callbacks = in_order(callbacks)
-    if any(callback.shows_progress for callback in callbacks):
-        return callbacks
+def with_defaults(callbacks: Iterable[Callback]) -> list[Callback]:
+    """Return the callbacks of a fit, with the table and the guard if none of them is one."""
+    from .callbacks.non_finite import NonFinite
     from .callbacks.progress import Progress
 
-    return in_order([*callbacks, Progress()])
+    callbacks = in_order(callbacks)
+    if not any(callback.shows_progress for callback in callbacks):
+        callbacks.append(Progress())
+    if not any(isinstance(callback, NonFinite) for callback in callbacks):
+        callbacks.append(NonFinite())
+    return in_order(callbacks)
 
 
 class Around:

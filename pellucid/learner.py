@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, AdamW, Optimizer
 
 from . import foundations, tree, weights
-from .binding import Around, answered, bind, with_progress
+from .binding import Around, answered, bind, with_defaults
 from .data import DataLoaders, check_length, length
 from .device import choose_device
 from .errors import SetupError
@@ -160,8 +160,18 @@ class Learner:
                             self.loss = self.compute_loss()
                             self.fire("after_loss")
                         if self.training:
-                            self.backward()
-                            self.finish_step()
+                            try:
+                                self.backward()
+                                self.fire("after_backward")
+                                self.take_step()
+                                self.step += 1
+                                self.fire("after_step")
+                                self.zero_grad()
+                            except CancelStep:
+                                pass
+                            except BaseException:
+                                self.zero_grad()  # no gradient of a batch that is left goes on
+                                raise
                 except CancelBatch:
                     self.fire("after_cancel_batch")
                 else:
@@ -201,20 +211,6 @@ class Learner:
     def backward(self) -> None:
         """Add the loss's gradients to the parameters'."""
         self.loss.backward()
-
-    def finish_step(self) -> None:
-        """Step with the gradients that are there, unless a callback keeps them for a later step."""
-        try:
-            self.fire("after_backward")
-            self.take_step()
-            self.step += 1
-            self.fire("after_step")
-            self.zero_grad()
-        except CancelStep:
-            pass
-        except BaseException:
-            self.zero_grad()  # no gradient of a batch that is left goes on
-            raise
 
     def take_step(self) -> None:
         """Let the optimiser move the parameters; LBFGS evaluates the batch again, as it needs."""
@@ -259,7 +255,7 @@ class Learner:
             raise SetupError("A fit of this learner is running already.")
         if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
             raise SetupError("epochs must be a whole number, 0 or more.", saw=repr(epochs))
-        handlers, spans = bind(with_progress([*self.callbacks, *callbacks]))  # first: may refuse
+        handlers, spans = bind(with_defaults([*self.callbacks, *callbacks]))  # first: may refuse
         self._prepare_optimizer(lr)
         self.epoch, self.n_epochs, self.batch_index, self.n_batches = 0, epochs, 0, None
         self.progress, self.tally, self.recorded = 0.0, Tally({}), ["lr"]
@@ -384,7 +380,7 @@ class Learner:
         """Print the timetable with each callback beside the moments and spans it acts in."""
         from .callbacks.trace import annotated_timetable
 
-        print(annotated_timetable(with_progress([*self.callbacks, *callbacks])))
+        print(annotated_timetable(with_defaults([*self.callbacks, *callbacks])))
 
     def save(self, path: str | Path) -> Path:
         """Write the model's weights, not the optimiser, as safetensors and return the path."""

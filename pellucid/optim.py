@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -72,6 +73,24 @@ def params_of(optimizer: Optimizer) -> list[nn.Parameter]:
 def gradients(optimizer: Optimizer) -> list[Tensor]:
     """Return the gradients that an optimiser's parameters have."""
     return [param.grad for param in params_of(optimizer) if param.grad is not None]
+
+
+def guards(optimizer: Optimizer) -> bool:
+    """Say whether an optimiser's step can be switched off by a number on the device."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+@contextmanager
+def guard(optimizer: Optimizer, bad: Tensor | None) -> Generator[None]:
+    """Let an optimiser take no step while a 0-d float32 tensor is 1, if it `guards` at all."""
+    if bad is None or not guards(optimizer):
+        yield
+        return
+    vars(optimizer)["found_inf"] = bad  # where torch's GradScaler puts it
+    try:
+        yield
+    finally:
+        vars(optimizer).pop("found_inf", None)
 
 
 def checked_lr(lr: float) -> float:

@@ -18,8 +18,8 @@ PACKAGE = Path(pellucid.__file__).parent
 LAYERS = {
     "ground": "errors tree device randomness stats plots histograms layers layers_plot record "
     "snapshot weights outline flops checkpoint",
-    "parts": "foundations nn init losses metrics schedules optim hooks meters places summary tally "
-    "distributed data vision diagnosis",
+    "parts": "foundations nn init losses metrics schedules optim hooks meters places summary "
+    "nonfinite tally distributed data vision diagnosis",
     "loop": "events binding slips looks learner",
     "callbacks": "callbacks",
     "edge": "report trained ablation cli __main__",
@@ -29,6 +29,7 @@ LAYERS = {
 LEVEL = {name: i for i, names in enumerate(LAYERS.values()) for name in names.split()}
 
 CONVENIENCES = {
+    "binding -> callbacks.non_finite",
     "binding -> callbacks.progress",
     "learner -> callbacks.find_lr",
     "learner -> callbacks.schedule",

@@ -31,7 +31,7 @@ from pellucid import (
     Loader,
     Record,
 )
-from pellucid.callbacks import Debug, OneCycle, Progress, Schedule
+from pellucid.callbacks import Accumulate, Clip, Debug, OneCycle, Progress, Schedule
 from pellucid.data import Normalize, Reshape
 from pellucid.errors import DataNotFound
 from pellucid.metrics import MacroF1, accuracy
@@ -67,6 +67,8 @@ CALLBACKS = {name: c for module in modules() for name, c in own(module, is_callb
 EXAMPLES: dict[str, Callable[[], Callback]] = {
     "Debug": lambda: Debug("after_loss", do_nothing),
     "OneCycle": lambda: OneCycle(0.05),
+    "Accumulate": lambda: Accumulate(2),
+    "Clip": lambda: Clip(norm=1.0),
     "Schedule": lambda: Schedule("lr", linear(0.1, 0.01)),
 }
 """Callbacks that cannot be made without arguments; a new one of these needs a line here."""

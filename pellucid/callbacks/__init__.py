@@ -6,6 +6,7 @@ from .clip import Clip
 from .debug import Debug
 from .early_stopping import EarlyStopping
 from .lsuv import LSUV
+from .non_finite import NonFinite
 from .progress import Progress
 from .schedule import OneCycle, Schedule
 from .telemetry import Telemetry
@@ -17,6 +18,7 @@ __all__ = [
     "Clip",
     "Debug",
     "EarlyStopping",
+    "NonFinite",
     "OneCycle",
     "Progress",
     "Schedule",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -76,9 +76,15 @@ class Accumulate(Callback):
             self._held = 0
 
     def after_train(self, learn: Learner) -> None:
-        """Step with what an unfinished window holds."""
-        if gradients(learn.opt):
-            learn.finish_step()
+        """Step with what an unfinished window holds, as the loop does."""
+        if not gradients(learn.opt):
+            return
+        with suppress(CancelStep):
+            learn.fire("after_backward")
+            learn.take_step()
+            learn.step += 1
+            learn.fire("after_step")
+        learn.zero_grad()
 
     def after_cancel_epoch(self, learn: Learner) -> None:
         """Forget the batch that was left."""
