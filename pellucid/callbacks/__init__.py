@@ -7,6 +7,7 @@ from .debug import Debug
 from .early_stopping import EarlyStopping
 from .lsuv import LSUV
 from .non_finite import NonFinite
+from .precision import Precision
 from .progress import Progress
 from .schedule import OneCycle, Schedule
 from .telemetry import Telemetry
@@ -20,6 +21,7 @@ __all__ = [
     "EarlyStopping",
     "NonFinite",
     "OneCycle",
+    "Precision",
     "Progress",
     "Schedule",
     "Telemetry",
