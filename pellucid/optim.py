@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -80,12 +81,27 @@ def guards(optimizer: Optimizer) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
+def begin_momentum(optimizer: Optimizer) -> None:
+    """Give SGD the momentum of zero that its first step begins with.
+
+    Else a first step that is not taken leaves memory as it was found for the second to use (torch
+    2.13, fused). With dampening torch's first step differs from the others; it stays as it is.
+    """
+    for group in optimizer.param_groups:
+        if group.get("momentum") and group.get("dampening") == 0:
+            for param in group["params"]:
+                state = optimizer.state[param]
+                if param.requires_grad and state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(param)
+
+
 @contextmanager
 def guard(optimizer: Optimizer, bad: Tensor | None) -> Generator[None]:
     """Let an optimiser take no step while a 0-d float32 tensor is 1, if it `guards` at all."""
     if bad is None or not guards(optimizer):
         yield
         return
+    begin_momentum(optimizer)
     vars(optimizer)["found_inf"] = bad  # where torch's GradScaler puts it
     try:
         yield

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -232,6 +233,19 @@ def test_skipping_is_leaving_the_batch_out(what, opt_func):
     assert row["train/skipped"] == 1
     finite = losses[torch.from_numpy(losses).isfinite().numpy()]
     assert row["train/loss"] == pytest.approx(finite.mean(), rel=1e-6)
+
+
+def test_momentum_begins_at_zero_when_the_first_batch_is_skipped():
+    junk = [torch.full((8, 6), 7.0) for _ in range(50)]  # what the memory may hold
+    del junk
+    batches = list(data().train)
+    bad = (batches[0][0] * math.nan, batches[0][1])
+    weights = []
+    for train, more in (([bad, *batches[1:]], [NonFinite("skip")]), (batches[1:], [])):
+        learn = learner(*more, opt_func=partial(SGD, momentum=0.9), loaders=DataLoaders(train))
+        learn.fit(1)
+        weights.append([param.detach() for param in learn.model.parameters()])
+    assert all(map(torch.equal, *weights))
 
 
 @pytest.mark.parametrize("opt_func", [SGD, AdamW])

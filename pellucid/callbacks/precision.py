@@ -14,7 +14,7 @@ from ..device import choose_precision
 from ..errors import SetupError
 from ..events import Callback, CancelStep
 from ..learner import Learner
-from ..optim import gradients, guards
+from ..optim import begin_momentum, gradients, guards
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -60,6 +60,8 @@ class Precision(Callback):
         self._scaler, self._guard = None, None
         if self._chosen == "fp16":
             self._scaler = GradScaler(learn.device.type)
+            if guards(learn.opt):
+                begin_momentum(learn.opt)
         in_half = self._chosen != "fp32" and isinstance(learn.model, nn.Module)
         try:
             if in_half:
