@@ -302,16 +302,95 @@ class Residual(nn.Module):
         body: the residual branch.
         shortcut: brings x to the shape of what the body gives; None passes it on.
         act: follows the sum; None leaves it out.
+        drop: in training, the probability that an item goes without the branch; `drop_items`.
     """
 
     def __init__(
-        self, body: nn.Module, shortcut: nn.Module | None = None, act: nn.Module | None = None
+        self,
+        body: nn.Module,
+        shortcut: nn.Module | None = None,
+        act: nn.Module | None = None,
+        drop: float = 0.0,
     ):
         super().__init__()
         self.body = body
         self.shortcut = nn.Identity() if shortcut is None else shortcut
         self.act = nn.Identity() if act is None else act
+        self.drop = _checked_rate(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the branch to its input."""
-        return self.act(self.body(x) + self.shortcut(x))
+        branch = self.body(x)
+        if self.training and self.drop:
+            branch = drop_items(branch, self.drop)
+        return self.act(branch + self.shortcut(x))
+
+    def extra_repr(self) -> str:
+        """Show the rate, if there is one."""
+        return f"drop={self.drop:g}" if self.drop else ""
+
+
+def drop_items(x: Tensor, rate: float) -> Tensor:
+    """Return a batch with whole items set to 0, each with a probability, the others made larger.
+
+    By 1 / (1 - rate), so that the mean stays: nothing is to be corrected in evaluation.
+
+    Args:
+        x: (n, ...), floats.
+        rate: 0 to below 1. The draws come from torch's generator, as those of dropout.
+    """
+    kept = torch.rand((len(x), *[1] * (x.ndim - 1)), device=x.device) >= rate
+    return x * (kept / (1 - rate)).to(x.dtype)
+
+
+class StochasticDepth(nn.Module):
+    """Leave out a branch for some items in training (Huang et al., 2016); at the branch's end.
+
+    As `drop_items` does. In evaluation nothing is left out. For blocks of one's own; those of
+    `Residual` have it built in, see `set_stochastic_depth`.
+
+    Args:
+        rate: probability that an item goes without the branch, 0 to below 1.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = _checked_rate(rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x`, in training without some of its items."""
+        return drop_items(x, self.rate) if self.training and self.rate else x
+
+    def extra_repr(self) -> str:
+        """Show the rate."""
+        return f"{self.rate:g}"
+
+
+def set_stochastic_depth(model: nn.Module, rate: float) -> None:
+    """Train a residual network by stochastic depth: later blocks are left out more often.
+
+    Of L blocks the l-th, counted from 1, is left out with probability l / L · rate, the paper's
+    linear rule (Huang et al., 2016, eq. 4).
+
+    Args:
+        model: all its `Residual` blocks are set, in the order of definition.
+        rate: of the last block, 0 to below 1; 0 switches it off.
+
+    Raises:
+        SetupError: the model has no such blocks, or the rate is out of range.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, Residual)]
+    if not blocks:
+        raise SetupError(
+            "Stochastic depth found no residual blocks.",
+            saw=f"no pellucid.nn.Residual in {type(model).__name__}",
+            do="put nn.StochasticDepth at the end of each branch.",
+        )
+    for i, block in enumerate(blocks, 1):
+        block.drop = _checked_rate(i / len(blocks) * rate)
+
+
+def _checked_rate(rate: float) -> float:
+    if not 0 <= rate < 1:
+        raise SetupError("A branch is left out with a probability of 0 to below 1.", saw=f"{rate}")
+    return rate
