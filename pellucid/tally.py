@@ -36,6 +36,8 @@ class Tally:
         non_finite: what to do with a training loss that is NaN or infinite: "stop" raises, "skip"
             leaves the batch out of the averages, "log" takes it as it is.
         skipped: on the device, how many steps were skipped; None if none can be.
+        every: batches between two readings, for processes that must read at the same one; 0 goes
+            by the clock.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class Tally:
         self._sums = {f"{self._part}/{name}": 0.0 for name in ["loss", *self._functions]}
         self._n_items = 0
         self.n_readings = 0
-        self.non_finite, self.skipped = "stop", None
+        self.non_finite, self.skipped, self.every = "stop", None, 0
         self._next_reading = perf_counter() + READ_INTERVAL
 
     def add(
@@ -94,7 +96,8 @@ class Tally:
         if len(self._waiting) >= _CHUNK:
             self._chunks.append(torch.stack(self._waiting))
             self._waiting = []
-        if perf_counter() >= self._next_reading:
+        due = len(self._rows) >= self.every if self.every else perf_counter() >= self._next_reading
+        if due:
             self.read()
 
     def read(self) -> None:

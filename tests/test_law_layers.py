@@ -19,8 +19,9 @@ LAYERS = {
     "ground": "errors tree device randomness stats plots histograms layers layers_plot record "
     "snapshot weights outline flops checkpoint",
     "parts": "foundations nn init losses metrics schedules optim hooks meters places summary "
-    "nonfinite tally distributed data vision diagnosis",
-    "loop": "events binding slips looks learner",
+    "joint roles muon freezing averaging "
+    "gan gradient_checkpointing mixing nonfinite tally distributed sharding data vision diagnosis",
+    "loop": "events binding slips looks engines learner",
     "callbacks": "callbacks",
     "edge": "report trained ablation cli __main__",
 }
