@@ -28,7 +28,6 @@ from itertools import pairwise
 from multiprocessing.connection import Connection
 from time import process_time
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from measure import report, spread, table
@@ -39,7 +38,6 @@ from torch.optim import SGD
 from pellucid import DataLoaders, Learner
 from pellucid.callbacks import Progress, Telemetry
 from pellucid.hooks import leaves
-from pellucid.layers import LayerRecord
 from pellucid.vision import simple_cnn, small_resnet, xresnet18
 
 Batch = tuple[Tensor, Tensor]
@@ -78,7 +76,6 @@ class Turns:
         images = [torch.randn(shape, generator=generator) for _ in range(8)]
         labels = [torch.randint(10, shape[:1], generator=generator) for _ in images]
         self._batches, self._n, self._pipe = list(zip(images, labels, strict=True)), n, pipe
-        self.began = 0.0
 
     def __len__(self) -> int:
         return self._n
@@ -87,7 +84,6 @@ class Turns:
         for i in range(self._n):
             self._pipe.recv()
             start = process_time()
-            self.began = self.began or start
             yield self._batches[i % len(self._batches)]
             self._pipe.send(process_time() - start)
 
@@ -119,14 +115,11 @@ def as_miniai(model: nn.Module, batches: Turns) -> None:
 
 
 def pellucid(model: nn.Module, batches: Turns, every: int | str | None = None) -> list[int]:
-    """Return which batches were recorded; None is to train without Telemetry."""
+    """Return the first batch of each row on record; None is to train without Telemetry."""
     learn = Learner(model, DataLoaders(batches), F.cross_entropy, SGD, LR, device="cpu")
     looking = [] if every is None else [Telemetry(every=every)]
-    # the record itself joins rows when it is full
-    append = patch.object(LayerRecord, "append", autospec=True, side_effect=LayerRecord.append)
-    with append as appended:
-        learn.fit(1, callbacks=[Progress("off"), *looking])
-    return [call.args[1][0] for call in appended.call_args_list]
+    layers = learn.fit(1, callbacks=[Progress("off"), *looking]).layers
+    return [] if layers is None else layers.batches[:, 0].tolist()
 
 
 def fastai(model: nn.Module, batches: Turns, every_leaf: bool = False, **settings: Any) -> None:
@@ -186,13 +179,12 @@ def contend(task_name: str, name: str, n: int, pipe: Connection) -> None:
     torch.manual_seed(0)
     model = task.make_model()
     batches = Turns(task.shape, n, pipe)
-    began = process_time()
     with redirect_stdout(StringIO()):
         recorded = EVERYONE[name](model, batches)
     digest = hashlib.sha256()
     for values in model.state_dict().values():
         digest.update(values.numpy().tobytes())
-    pipe.send((recorded, digest.hexdigest(), batches.began - began))
+    pipe.send((recorded, digest.hexdigest()))
 
 
 @dataclass
@@ -202,7 +194,6 @@ class Outcome:
     seconds: list[float]
     recorded: Sequence[int] = ()
     digest: str = ""
-    start: float = 0.0
 
 
 def in_rounds(task_name: str, n_batches: Mapping[str, int]) -> dict[str, Outcome]:
@@ -220,7 +211,7 @@ def in_rounds(task_name: str, n_batches: Mapping[str, int]) -> dict[str, Outcome
             pipes[name].send("your turn")
             outcomes[name].seconds.append(pipes[name].recv())
     for name, outcome in outcomes.items():
-        outcome.recorded, outcome.digest, outcome.start = pipes[name].recv()
+        outcome.recorded, outcome.digest = pipes[name].recv()
     return outcomes
 
 
@@ -244,15 +235,17 @@ def rows_of_all(outcomes: Mapping[str, Outcome]) -> list[list[str]]:
 
 
 def default_setting(outcomes: Mapping[str, Outcome]) -> str:
-    """Return what the default chose and what that costs, by Telemetry over without."""
+    """Return what the default chose and what that costs, by Telemetry over without.
+
+    It records a batch in many, so that no row of its record was joined with another.
+    """
     ours, base = outcomes[DEFAULT], outcomes[WITHOUT]
     n = len(ours.seconds)
     recorded = set(ours.recorded)
     looks = ratios(ours, base, [i for i in range(WARM, n) if i in recorded])
     others = ratios(ours, base, [i for i in range(WARM, n) if i not in recorded])
     look, other = statistics.median(looks), statistics.median(others)
-    later = sorted(i for i in recorded if i >= START)
-    gaps = [b - a for a, b in pairwise(later)]
+    gaps = [b - a for a, b in pairwise(sorted(i for i in recorded if i >= START))]
 
     def row(first: int, last: int) -> list[str]:
         share = len(recorded & {*range(first, last)}) / (last - first)
@@ -263,41 +256,11 @@ def default_setting(outcomes: Mapping[str, Outcome]) -> str:
     heads = ["batches", "recorded", "ratio, from the medians", "ratio of sums"]
     stretches = {(0, EPOCH), (START, n), (0, n)}
     rows = [row(first, last) for first, last in sorted(stretches) if last <= n]
-    chosen = f"every {spread(gaps, 0)}, from {min(gaps)} to {max(gaps)}"
     return (
         f"The default, over the Learner without: a recorded batch {spread(looks, 3)}, another "
-        f"{spread(others, 3)}. By these medians 5 % would be every "
-        f"{max(1.0, (look - other) / (0.05 * other)):.1f} batches; after batch {START} it recorded "
-        f"{chosen}. Before the first batch it takes {(ours.start - base.start) * 1e3:.0f} ms more."
+        f"{spread(others, 3)}; after batch {START} it recorded every {spread(gaps, 0)}."
         f"\n\n{table(heads, rows)}"
     )
-
-
-def by_op(task_name: str, n: int = 10) -> str:
-    """Return what a recorded batch does more than another, by torch's profiler."""
-    task = TASKS[task_name]
-    here, there = multiprocessing.Pipe()
-    sums: dict[str, dict[str, tuple[float, int]]] = {}
-    for name in (WITHOUT, DENSELY):
-        model = task.make_model()
-        for _ in range(n):
-            there.send("your turn")
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            EVERYONE[name](model, Turns(task.shape, n, here))
-        sums[name] = {
-            event.key: (event.self_cpu_time_total / n, event.count // n)
-            for event in profiler.key_averages()
-        }
-    more = []
-    for op, (us, count) in sums[DENSELY].items():
-        us_without, count_without = sums[WITHOUT].get(op, (0.0, 0))
-        if count > count_without:
-            more.append((us - us_without, count - count_without, op))
-    more.sort(reverse=True)
-    rest = more[12:]
-    rest_us, rest_count = sum(us for us, _, _ in rest), sum(count for _, count, _ in rest)
-    rows = [(us, count, op) for us, count, op in [*more[:12], (rest_us, rest_count, "the rest")]]
-    return table(["op", "calls", "µs"], [[op, str(count), f"{us:.0f}"] for us, count, op in rows])
 
 
 def main(quick: bool) -> None:
@@ -322,10 +285,8 @@ def main(quick: bool) -> None:
             default_setting(outcomes),
             f"Weights and buffers of ours after {n_batches[WITHOUT]} batches, without, by default "
             f"and every=1: {'bit for bit the same' if same else 'DIFFERENT'}.",
-            "What a recorded batch does more, by torch's profiler, which adds to each call:",
-            by_op(task_name),
         ]
-        print("\n\n".join(parts[-6:]), file=sys.stderr)
+        print("\n\n".join(parts[-4:]), file=sys.stderr)
     if not quick:
         report("telemetry", "Cost of telemetry", "python benchmarks/telemetry.py", *parts)
 

@@ -2,7 +2,8 @@
 # # 1 · Why √5?
 #
 # Somewhere in torch's source, where a convolution gets its first weights, stands
-# `init.kaiming_uniform_(self.weight, a=math.sqrt(5))`. No comment says why. Is it right?
+# `init.kaiming_uniform_(self.weight, a=math.sqrt(5))`. In some versions a comment says which
+# numbers that gives; none says why these. Are they right?
 #
 # This lesson finds out, with nothing but random matrices and a calculator. First why initial
 # weights matter at all; then how large they should be; then what torch does; and at last a way that

@@ -291,9 +291,12 @@ class InAList(nn.Module):
         self.layers = container([nn.Linear(784, 50), nn.ReLU(), nn.Linear(50, 10)])
 
 
+noticed = {}
 for container in (list, nn.ModuleList, lambda layers: nn.Sequential(*layers)):
-    n = len(list(InAList(container).parameters()))
-    print(f"{type(InAList(container).layers).__name__:<12}{n} parameters")
+    model = InAList(container)
+    name = type(model.layers).__name__
+    noticed[name] = len(list(model.parameters()))
+    print(f"{name:<12}{noticed[name]} parameters")
 
 
 def make():
@@ -910,9 +913,10 @@ class Stop(Part):
 recorder = Recorder()
 CancellableRunner([recorder, Averages(accuracy)]).fit(1, bundle())
 same("11 exceptions", recorder.losses)
-heard = Heard()
-CancellableRunner([Stop(), heard]).fit(3, bundle())
-print(heard.counts)
+heard, stopped = Heard(), bundle()
+CancellableRunner([Stop(), heard]).fit(3, stopped)
+left_by_runner = any(p.grad is not None for p in stopped.model.parameters())
+print(heard.counts, " gradients left on the model:", left_by_runner)
 
 # %% [markdown]
 # ## Stage 12: the Learner owns the loop
@@ -986,10 +990,10 @@ same("12 own Learner", track.losses)
 # ## Stage 13: pellucid
 #
 # `pellucid.Learner` is that class, finished: spans beside moments, hyper-parameters and losses on
-# record, errors that say where they happened, and nothing left behind on any way out. (Ours does
-# leave something: cancelled after a step, the gradients stay on the model and are added to those of
-# the next fit.) Its loop still fits on a screen, `fit` and `one_pass` in `pellucid/learner.py`, and
-# it takes any iterable of batches, our home-made loaders too.
+# record, errors that say where they happened, and nothing left behind on any way out. (The runner
+# of stage 11 did leave something: cancelled after a step, the gradients stay on the model and are
+# added to those of the next fit.) Its loop still fits on a screen, `fit` and `one_pass` in
+# `pellucid/learner.py`, and it takes any iterable of batches, our home-made loaders too.
 
 # %%
 import pellucid
@@ -1000,6 +1004,18 @@ learn = pellucid.Learner(
 )
 learn.fit(1, callbacks=[Progress("off")])
 same("13 pellucid", learn.record["train/loss"].tolist())
+
+
+class StopAfterStep(pellucid.Callback):
+    changes = True
+
+    def after_step(self, learn):
+        raise pellucid.CancelFit
+
+
+learn.fit(1, callbacks=[StopAfterStep(), Progress("off")])
+left_by_pellucid = any(p.grad is not None for p in learn.model.parameters())
+print("cancelled after a step; gradients left on the model:", left_by_pellucid)
 
 # %% [markdown]
 # The comparison is over, so now the data may be shuffled, in the library's own loaders, and the
@@ -1035,6 +1051,8 @@ for name in same_arithmetic:  # then not only the digits are the same, but every
     assert torch.equal(stages[name][0], stages["4 optim.SGD"][0]), f"stage {name} differs in bits"
 assert gaps["float32"].max() > 1e4 * gaps["float64"].max(), "float32 would have done"
 assert abs(weighted - whole) < 1e-12 < abs(means - whole), "weights do not matter here"
+assert noticed == {"list": 0, "ModuleList": 4, "Sequential": 4}, noticed
+assert left_by_runner and not left_by_pellucid, "who leaves gradients behind?"
 assert stopped_after == 10 and again == n, "the handler did not stop once"
 assert heard.counts == {"begin_validate": 0, "after_cancel_fit": 1, "after_fit": 1}
 middle = tensor(reached).median().item()

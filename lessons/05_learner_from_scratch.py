@@ -468,8 +468,8 @@ axes.legend(frameon=False)
 drawing
 
 # %% [markdown]
-# The loss begins to fall at a rate of some hundredths and explodes beyond 1. Take a fifth of where
-# it goes wrong.
+# The loss begins to fall at a rate of some thousandths, has stopped falling at some tenths, and
+# explodes above 3. Take 0.2, the highest rate of which one can say that it still helps.
 
 # %%
 one_cycle = OneCycle(0.2)

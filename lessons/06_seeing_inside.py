@@ -34,7 +34,7 @@ from pellucid.vision import simple_cnn
 
 QUICK = os.environ.get("LESSONS") == "quick"
 n_train, n_valid = (12_800, 500) if QUICK else (49_152, 10_000)
-reachable, batch_size = (0.7, 256) if QUICK else (0.85, 256)
+reachable, much, batch_size = (0.7, 0.8, 256) if QUICK else (0.85, 0.9, 256)
 
 original = mnist(split="course")
 
@@ -103,12 +103,13 @@ relus = [1, 3, 5, 7]
 
 
 def levels(means, sds):
-    drawing, panels = figure(2, width=3.4, height=2.3)
+    drawing, panels = figure(2, width=3.4, height=2.5)
     drawing.set_dpi(90)
     for axes, title, values in zip(panels, ("mean", "sd"), (means, sds), strict=True):
-        axes.plot(values, linewidth=1, label=[f"ReLU {i}" for i in relus])
+        lines = axes.plot(values, linewidth=1)
         axes.set(title=title, xlabel="batch")
-    panels[0].legend(frameon=False, fontsize=7)
+    names = [f"activation {i}" for i in relus]
+    drawing.legend(lines, names, loc="outside lower center", ncols=4, frameon=False, fontsize=7)
     return drawing
 
 
@@ -260,7 +261,7 @@ print("mean of all   ", "".join(f"{value:8.3f}" for value in wasted.mean(0)))
 print("at most       ", "".join(f"{value:8.3f}" for value in wasted.max(0)))
 
 # %% [markdown]
-# More than nine of ten activations in the last layers are wasted, through all of the training. And
+# In the last three layers, the mean over the whole training is more than nine of ten wasted. And
 # some units give the same for *every* image of sixteen batches; these are dead. On the left, the
 # share of those; on the right, that of values near zero.
 
@@ -302,17 +303,20 @@ drawing = levels(healthy.layers["activations/mean"], healthy.layers["activations
 drawing
 
 # %% [markdown]
-# That is what health looks like: a broad band, hardly changing, means near zero, standard
-# deviations near one, no cliff. With the *same* learning rate, from the first batch on.
+# That is what health looks like: a broad band that hardly changes, means of a few tenths, standard
+# deviations that go from one to two at most, no cliff. With the *same* learning rate, from the
+# first batch on.
 #
 # The rest of the doctor's questions can be asked of the same record. How large is a step, compared
 # with the weights that it changes? A thousandth is usual; here it is a few hundredths: a rate of
 # 0.9 is bold. (`layers.plot_updates()` draws it, parameter by parameter.)
 
 # %%
-for record in (bad, healthy):
+update_ratios = {}
+for name, record in {"default": bad, "GeneralReLU": healthy}.items():
     updates = np.nanmedian(record.layers["parameters/update"], axis=0)[:-1:2]  # the weights
-    print("update over weight, median:", ", ".join(f"{value:.1e}" for value in updates))
+    update_ratios[name] = updates
+    print(f"update over weight, median: {name:<13}", "  ".join(f"{value:.3f}" for value in updates))
 
 # %%
 names = {"default": bad, "Kaiming": kaiming, "Kaiming, GeneralReLU": healthy}
@@ -368,12 +372,14 @@ n = len(losses_by_hand)
 assert np.allclose(bad["train/loss"][:n], losses_by_hand, rtol=1e-5), "other losses than ours"
 assert len(layers) == n and off < 1e-3, off
 assert layers["activations/sd"][0, -1] < 0.1 < 0.4 < kaiming.layers["activations/sd"][0, -1]
-assert wasted[0].min() > 0.8 and wasted[:, 2:].mean() > 0.9, wasted.mean(0)
+assert wasted[0].min() > 0.8 and wasted[:, 1:].mean(0).min() > much, wasted.mean(0)
 assert falls["default"] > 20 and falls["Kaiming, GeneralReLU"] < 8, falls
+assert falls["Kaiming"] > 2 * falls["Kaiming, GeneralReLU"], falls
 assert wastes["Kaiming, GeneralReLU"] < 0.5 < 0.8 < wastes["default"], wastes
 assert np.abs(healthy.layers["activations/mean"]).max() < 1, "the means wander"
 assert (np.nan_to_num(healthy.layers["activations/dead"]) == 0).all(), "GeneralReLU has died"
 assert learnt["Kaiming, GeneralReLU"] > 0.1 + max(learnt["default"], learnt["Kaiming"]), learnt
 assert reached["Kaiming, GeneralReLU"] > max(reachable, reached["default"]), reached
+assert all(0.01 < ratio < 0.1 for ratio in update_ratios["GeneralReLU"]), update_ratios
 assert same_weights, "Telemetry changed the weights"
 print("All claims hold.")

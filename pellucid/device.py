@@ -1,5 +1,6 @@
 """Where a run happens: the choice of the device, with its reason, and one switch for the seeds."""
 
+import os
 import random
 
 import numpy as np
@@ -32,6 +33,8 @@ def choose_device(device: str | torch.device = "auto") -> tuple[torch.device, st
             ) from None
         return torch.device(device), "as asked"
     if torch.cuda.is_available():
+        if "LOCAL_RANK" in os.environ:  # under torchrun each process has a GPU of its own
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         return torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
     if torch.backends.mps.is_available():
         return torch.device("mps"), "Apple's GPU"

@@ -28,7 +28,11 @@ UNCOUNTED = {
     _aten._scaled_dot_product_fused_attention_overrideable: lambda q, k, v, *_, **__: (
         sdpa_flop_count(q, k, v)
     ),
+    # of nn.Bilinear: a term for each item and weight
+    _aten._trilinear: lambda x, weight, *_, **__: 2 * x[0] * math.prod(weight),
+    _aten.addbmm: lambda _, x, y, *__, **___: 2 * math.prod(x) * y[2],
     _aten.mv: lambda matrix, *_, **__: 2 * math.prod(matrix),
+    _aten.addmv: lambda _, matrix, *__, **___: 2 * math.prod(matrix),
     _aten.dot: lambda vector, *_, **__: 2 * math.prod(vector),
 }
 """For `FlopCounterMode(custom_mapping=UNCOUNTED)`."""

@@ -51,25 +51,43 @@ class Octaves:
     def index(self, x: Tensor) -> Tensor:
         """Return the bin of each value.
 
-        The bins are read off the bits of a float: exponent and first digits of the mantissa stand
-        side by side and count the parts of octaves, ten times as fast as a search among edges.
-
         Args:
             x: floats, of any shape and precision.
 
         Returns:
             int64, of the shape of `x`.
         """
-        bits = x.to(torch.float32).view(torch.int32)
-        digits = self.parts.bit_length() - 1
-        magnitude = (bits & 0x7FFFFFFF) >> (_MANTISSA - digits)
-        magnitude = (magnitude - ((_BIAS + self.lowest) << digits) + 1).clamp(0, self.span + 1)
-        return (magnitude * ((bits >> 31) | 1) + self.zero).long()
+        return self.table(x.device)[self._leading(x).long()]
 
-    def add(self, counts: Tensor, x: Tensor) -> None:
-        """Count the values of `x` into `counts` (n_bins,), in place."""
-        index = self.index(x).flatten()
+    def add(self, counts: Tensor, x: Tensor, table: Tensor) -> None:
+        """Count the values of `x` into `counts` (n_bins,), in place; see `table`.
+
+        A look into a table takes a third of the time of the arithmetic that makes it, and a
+        thirtieth of a search among edges.
+        """
+        index = table.index_select(0, self._leading(x).flatten())
         counts.scatter_add_(0, index, torch.ones_like(index, dtype=counts.dtype))
+
+    def table(self, device: torch.device) -> Tensor:
+        """Return the bin of every way in which the bits of a float can begin, int64.
+
+        Sign, exponent and first digits of the mantissa stand side by side: they count the parts of
+        octaves.
+        """
+        digits = self._digits
+        leading = torch.arange(2 << (8 + digits), device=device) - (1 << (8 + digits))
+        magnitude = leading & ((1 << (8 + digits)) - 1)
+        magnitude = (magnitude - ((_BIAS + self.lowest) << digits) + 1).clamp(0, self.span + 1)
+        return torch.where(leading < 0, -magnitude, magnitude) + self.zero
+
+    def _leading(self, x: Tensor) -> Tensor:
+        """Return the first bits of each value, as an index into the table."""
+        bits = x.to(torch.float32).view(torch.int32)
+        return (bits >> (_MANTISSA - self._digits)) + (1 << (8 + self._digits))
+
+    @property
+    def _digits(self) -> int:
+        return self.parts.bit_length() - 1
 
     def edges(self) -> np.ndarray:
         """Return the edges of all bins, (n_bins + 1,), from -inf to inf."""

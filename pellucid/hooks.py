@@ -93,9 +93,9 @@ class _Watch:
         if not hook.backward:
             hook.fn(hook, module, inputs, output)
             return
-        for leaf in tree.leaves(output):
-            if isinstance(leaf, Tensor) and leaf.requires_grad and not leaf.is_leaf:
-                leaf.register_hook(self._arrived)
+        for tensor in tensors_in(output):
+            if tensor.requires_grad and not tensor.is_leaf:
+                tensor.register_hook(self._arrived)
 
     def _arrived(self, grad: Tensor) -> None:
         hook = self._hook()
@@ -173,12 +173,27 @@ class Hooks(Sequence[Hook]):
         return f"Hooks ({len(self)} items){shown}{rest}"
 
 
+def tensors_in(output: Any) -> list[Tensor]:
+    """Return the tensors of what a module gave: itself, or those in tuples, lists and dicts."""
+    return [leaf for leaf in tree.leaves(output) if isinstance(leaf, Tensor)]
+
+
 def find(model: nn.Module, condition: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
     """Return the modules within a model for which a condition holds, each once, by their names.
 
     >>> list(find(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), lambda m: isinstance(m, nn.Linear)))
     ['0']
+
+    Raises:
+        SetupError: the condition is a class of modules.
     """
+    if isinstance(condition, type) and issubclass(condition, nn.Module):
+        name = condition.__name__
+        raise SetupError(
+            "A condition is a function of a module.",
+            saw=f"the class {name}",
+            do=f"find(model, lambda module: isinstance(module, {name})).",
+        )
     inner = getattr(model, "_orig_mod", model)  # torch.compile wraps the model, and adds to names
     return {name: module for name, module in inner.named_modules() if condition(module)}
 

@@ -41,7 +41,8 @@ class LayerRecord:
     - near_zero: share of values under 0.001 (gradients: 4e-9), over a sample, as are the next;
     - saturated: share of values of a bounded activation at a bound, NaN for others;
     - dead: share of units that gave the same value for all inputs of a window of batches;
-    - histogram: (rows, layers, bins) shares, with edges in `edges`;
+    - histogram: (rows, layers, bins) shares; `layers["activations/histogram"][-1, 4]` is the fifth
+      layer's at the end, over bins with the edges `layers.edges("activations")`;
     - parameters/norm, /gradient (norms) and /update (norm of the update over norm of the weight,
       NaN for a weight of zeros).
 
@@ -137,13 +138,17 @@ class LayerRecord:
     def __getitem__(self, key: str) -> np.ndarray:
         """Return one statistic over time; see the class."""
         if key not in _READERS:
-            raise UnknownName(
-                f"There is no statistic {key!r} of layers.",
-                saw=f"there are {', '.join(_READERS)}",
-                do=did_you_mean(str(key), _READERS),
-            )
+            raise UnknownName(f"There is no statistic {key!r} of layers.", do=self._instead(key))
         with np.errstate(divide="ignore", invalid="ignore"):
             return _READERS[key](self)
+
+    def _instead(self, key: object) -> str:
+        """Say what to write for a key that is no statistic."""
+        if key in self.names:
+            i = self.names.index(str(key))
+            return f'a layer is a column of each: layers["activations/sd"][:, {i}].'
+        ends = [name for name in _READERS if name.endswith(f"/{key}")]
+        return f"did you mean {ends[0]!r}?" if ends else did_you_mean(str(key), _READERS)
 
     def edges(self, kind: str) -> np.ndarray:
         """Return the edges of the histograms' bins of "activations" or "gradients"."""
@@ -205,7 +210,10 @@ class LayerRecord:
         return plot_layers(self)
 
     def plot_histograms(self, kind: str = "activations") -> Figure:
-        """Draw the histograms of each layer over time, the colour telling how many."""
+        """Draw the histograms of each layer over time, the colour telling how many.
+
+        Rare values beyond the height of the panels are counted in the cells at their ends.
+        """
         from .layers_plot import plot_histograms
 
         return plot_histograms(self, kind)

@@ -29,6 +29,15 @@ _N_CELLS = 48
 _RARE = 1e-4
 """The share of values below which a histogram shows nothing."""
 
+_UNKNOWN = "#bbbbbb"
+"""The colour of NaN in a map: in none of its scales, where white has a meaning."""
+
+_TALLEST = 12.0
+"""Inches of a map, at most."""
+
+_N_LABELS = 80
+"""Names beside a map of that height, at most: more would lie one over another."""
+
 _USUAL_UPDATE = 1e-3
 """What an update is of its weight where training goes well, as a rule of thumb."""
 
@@ -129,7 +138,7 @@ def _grid(n: int) -> tuple[int, int]:
 
 
 def _map_height(n_rows: int) -> float:
-    return min(max(0.16 * n_rows + 1.2, 2.6), 12.0)
+    return min(max(0.16 * n_rows + 1.2, 2.6), _TALLEST)
 
 
 def _label(layers: LayerRecord, i: int) -> str:
@@ -138,7 +147,13 @@ def _label(layers: LayerRecord, i: int) -> str:
 
 
 def _shortened(name: str, length: int) -> str:
-    return name if len(name) <= length else f"…{name[1 - length :]}"
+    """Return a name with as many of its first parts as initials as it takes; numbers stay."""
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) > length and not part.isdigit():
+            parts[i] = part[:1]
+    short = ".".join(parts)
+    return short if len(short) <= length else f"…{short[1 - length :]}"
 
 
 def _times(layers: LayerRecord) -> np.ndarray:
@@ -246,7 +261,7 @@ def _draw_lines(axes: Axes, layers: LayerRecord, kind: str, name: str, shown: li
     values, times = layers[f"{kind}/{name}"], layers.batches.mean(axis=1)
     marker = "o" if len(times) == 1 else ""
     for colour, i in zip(_colours(len(shown)), shown, strict=False):
-        label = _label(layers, i)
+        label = _shortened(_label(layers, i), 26)
         axes.plot(times, values[:, i], marker=marker, lw=1.1, color=colour, label=label)
     if name == "sd" and kind == "gradients" and (values > 0).any():
         axes.set_yscale("log")
@@ -288,10 +303,10 @@ def _draw_map(
     rows = np.arange(len(labels) + 1) - 0.5
     image = axes.pcolormesh(_times(layers), rows, values.T, cmap=cmap, norm=norm, rasterized=True)
     axes.grid(visible=False)
-    axes.set_facecolor("#eeeeee")  # what is NaN
+    axes.set_facecolor(_UNKNOWN)
     axes.invert_yaxis()
-    size = 7 if len(labels) <= 25 else 5
-    axes.set_yticks(range(len(labels)), [_shortened(name, 26) for name in labels], fontsize=size)
+    told = range(0, len(labels), math.ceil(len(labels) / _N_LABELS))
+    axes.set_yticks(told, [_shortened(labels[i], 26) for i in told], fontsize=6.5)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("training batch")
     return image
@@ -319,9 +334,9 @@ def _draw_shares(
 def _draw_updates(axes: Axes, layers: LayerRecord) -> None:
     from matplotlib.colors import LogNorm
 
-    with np.errstate(invalid="ignore"):
-        values = np.where(layers["parameters/update"] > 0, layers["parameters/update"], np.nan)
     norm = LogNorm(_USUAL_UPDATE / 100, _USUAL_UPDATE * 100, clip=False)
+    # what does not move has no logarithm, and is below the scale all the same
+    values = np.maximum(layers["parameters/update"], _USUAL_UPDATE / 1e3)
     image = _draw_map(axes, layers, values, layers.parameters, "RdBu_r", norm)
     axes.set_title("update over weight (white: 1e-3, the usual)", fontsize=9.5)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=35, extend="both", extendfrac=0.02)

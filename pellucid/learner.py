@@ -255,7 +255,9 @@ class Learner:
             raise SetupError("A fit of this learner is running already.")
         if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
             raise SetupError("epochs must be a whole number, 0 or more.", saw=repr(epochs))
-        handlers, spans = bind(with_defaults([*self.callbacks, *callbacks]))  # first: may refuse
+        handlers, spans = bind(
+            with_defaults([*self.callbacks, *in_order(callbacks)])
+        )  # first: may refuse
         self._prepare_optimizer(lr)
         self.epoch, self.n_epochs, self.batch_index, self.n_batches = 0, epochs, 0, None
         self.progress, self.tally, self.recorded = 0.0, Tally({}), ["lr"]
@@ -350,7 +352,7 @@ class Learner:
         """Fit with the learning rate rising to `lr` and falling again; see `callbacks.OneCycle`."""
         from .callbacks.schedule import OneCycle
 
-        return self.fit(epochs, callbacks=[OneCycle(lr), *callbacks])
+        return self.fit(epochs, callbacks=[OneCycle(lr), *in_order(callbacks)])
 
     def find_lr(self, start: float = 1e-6, end: float = 10, steps: int = 100) -> LRSearch:
         """Try learning rates on the way from `start` to `end`; see `callbacks.find_lr`."""
@@ -380,7 +382,7 @@ class Learner:
         """Print the timetable with each callback beside the moments and spans it acts in."""
         from .callbacks.trace import annotated_timetable
 
-        print(annotated_timetable(with_defaults([*self.callbacks, *callbacks])))
+        print(annotated_timetable(with_defaults([*self.callbacks, *in_order(callbacks)])))
 
     def save(self, path: str | Path) -> Path:
         """Write the model's weights, not the optimiser, as safetensors and return the path."""

@@ -68,7 +68,7 @@ def predict(learn: Learner, items: Tensor | np.ndarray | Iterable[Any]) -> Any:
 
 def copies(learn: Learner, callbacks: Iterable[Callback]) -> list[Callback]:
     """Copy callbacks for a look that trains; what they hold of the learner stays the learner's."""
-    shared = (learn, learn.model, learn.opt, learn.data, learn.record)
+    shared = (learn, *learn.model.modules(), learn.opt, learn.data, learn.record)
     return copy.deepcopy(list(callbacks), {id(thing): thing for thing in shared})
 
 

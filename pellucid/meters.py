@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from . import tree
+from . import foundations
 from .histograms import ACTIVATIONS, GRADIENTS, Octaves
-from .hooks import Hooks
+from .hooks import Hooks, tensors_in
 
-N_SAMPLED = 8192
+N_SAMPLED = 4096
 """Values of a tensor that go into its histogram, about: a share is then known to 1 % or better."""
 
 FIELDS = ("n", "sum", "squares", "low", "high", "sampled", "sampled_squares", "saturated")
@@ -37,8 +38,11 @@ saturated, NaN for a module that does not saturate."""
 _STEPS = (
     *(2, 3, 5, 7, 11, 13, 17, 23, 29, 37, 47, 61, 79, 103, 137, 179, 233, 307, 401, 523, 683, 887),
     *(1153, 1499, 1949, 2539, 3301, 4297, 5591, 7283, 9467, 12301, 16001, 20807, 27059, 35171),
+    *(45737, 59467, 77317, 100517, 130681, 169889, 220859, 287117, 373273),
 )
 """Primes, each about 1.3 times the one before."""
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _LARGE_MAP = 256
 """Values of a channel from which on it is faster to reduce items and places in one go."""
@@ -52,7 +56,8 @@ class Meters:
     A context manager: hooks act within the `with`. Sums, extremes and hence NaN and infinity are
     taken over all values, histograms over at most `2 * N_SAMPLED`, spread evenly over items and
     places. Several calls of a module before `clear` add up. Of an output with several tensors the
-    first is measured.
+    first of floats is measured; what is complex, sparse, empty or on another device is passed over,
+    and so are calls within a transform of `torch.func`.
 
     Args:
         modules: by name.
@@ -64,6 +69,7 @@ class Meters:
         fired: whether any hook has measured anything yet.
         rows: float32 (2, modules, fields + bins): first the activations, then the gradients, of
             each the sums named in `FIELDS` and the histogram, by `ACTIVATIONS` and `GRADIENTS`.
+        tables: of these two, on the device.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], device: torch.device):
@@ -77,6 +83,7 @@ class Meters:
                 self._start[0, i, FIELDS.index("saturated")] = 0.0
         self._start = self._start.to(device)
         self.rows = self._start.clone()
+        self.tables = {bins: bins.table(device) for bins in (ACTIVATIONS, GRADIENTS)}
         where = units_last(self._modules)
         self._meters = [
             (
@@ -103,6 +110,8 @@ class Meters:
     def clear(self) -> None:
         """Set the rows to what they are when nothing was measured."""
         self.rows.copy_(self._start)
+        for _, gradient in self._meters:
+            gradient.grown = False
 
     def take_dead(self) -> Tensor:
         """Return the share of dead units since the last call, and begin anew.
@@ -118,7 +127,11 @@ class Meters:
 
 
 class _Meter:
-    """The sums of one tensor, as views into those of all."""
+    """The sums of one tensor, as views into those of all.
+
+    Attributes:
+        grown: whether room for units was made since the last `Meters.clear`; kept for gradients.
+    """
 
     def __init__(
         self,
@@ -129,6 +142,7 @@ class _Meter:
         bounds: tuple[float, float] | None,
     ):
         self.bins, self.last, self.bounds = bins, last, bounds
+        self.table = meters.tables[bins]
         field = {name: meters.rows[(*row, i)] for i, name in enumerate(FIELDS)}
         self.n, self.sum, self.squares = field["n"], field["sum"], field["squares"]
         self.low, self.high = field["low"], field["high"]
@@ -136,6 +150,7 @@ class _Meter:
         self.saturated = field["saturated"]
         self.histogram = meters.rows[row][len(FIELDS) :]
         self.unit_low = self.unit_high = self.n.new_empty(0)
+        self.grown = False
 
     def add(self, x: Tensor) -> None:
         """Measure a tensor."""
@@ -144,51 +159,71 @@ class _Meter:
         self.sum.add_(x.sum(dtype=torch.float32))
         self.squares.add_(sum_of_squares(x))
         low, high = unit_extremes(x, self.last)
-        self.low.copy_(torch.minimum(self.low, low.amin()))
-        self.high.copy_(torch.maximum(self.high, high.amax()))
-        self.unit_low.copy_(torch.minimum(self.unit_low, low))
-        self.unit_high.copy_(torch.maximum(self.unit_high, high))
+        torch.minimum(self.low, low.amin(), out=self.low)
+        torch.maximum(self.high, high.amax(), out=self.high)
+        unit_low, unit_high = self.unit_low[: len(low)], self.unit_high[: len(low)]
+        torch.minimum(unit_low, low, out=unit_low)
+        torch.maximum(unit_high, high, out=unit_high)
         values = sample(x).float()  # half precision cannot hold what follows
         self.sampled.add_(values.numel())
         self.sampled_squares.add_((values - values.mean()).square().sum())
-        self.bins.add(self.histogram, values)
+        self.bins.add(self.histogram, values, self.table)
         if self.bounds is not None:
             below, above = self.bounds
             self.saturated.add_(((values <= below) | (values >= above)).sum())
 
-    def made_room(self, x: Tensor) -> bool:
-        """Make room for the units of a tensor of this shape; return False if there was."""
-        n_units = 1 if x.ndim < 2 else x.shape[-1 if self.last else 1]
-        if len(self.unit_low) == n_units:
-            return False
-        self.unit_low = self.n.new_full((n_units,), math.inf)
-        self.unit_high = self.n.new_full((n_units,), -math.inf)
-        return True
+    def make_room(self, x: Tensor) -> None:
+        """Have room for the units of a tensor of this shape, and of all those before.
+
+        A module may be called with several numbers of units, as a ReLU that layers share.
+        """
+        more = (1 if x.ndim < 2 else x.shape[-1 if self.last else 1]) - len(self.unit_low)
+        if more <= 0:
+            return
+        with torch.inference_mode(False):  # it will be written to outside, too
+            unseen = self.n.new_full((more,), math.inf)
+            self.unit_low = torch.cat([self.unit_low, unseen])
+            self.unit_high = torch.cat([self.unit_high, -unseen])
+        self.grown = True
 
     def take_dead(self) -> Tensor:
         """Return the share of units that never changed, 0-d, and forget them."""
-        dead = (self.unit_low == self.unit_high).float().mean()  # of no units, NaN
-        dead = torch.where((self.unit_low > self.unit_high).any(), math.nan, dead)  # none seen
+        n_dead = (self.unit_low == self.unit_high).sum()
+        n_seen = (~(self.unit_low > self.unit_high)).sum()  # NaN was seen
         self.unit_low.fill_(math.inf)
         self.unit_high.fill_(-math.inf)
-        return dead
+        return n_dead / n_seen  # of no units, NaN
 
 
 def _measure(hook: Any, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-    if not hook.meters.recording:
+    if not hook.meters.recording or _transformed():
         return
-    x = output if isinstance(output, Tensor) else _first_floats(output)
-    if x is None or not x.is_floating_point() or not x.numel():
+    measurable = [x for x in tensors_in(output) if _is_measurable(x, hook.meters.rows.device)]
+    if not measurable:
         return
+    x = measurable[0]
     hook.meters.fired = True
-    hook.activation.made_room(x)
+    hook.activation.make_room(x)
     hook.activation.add(x)
     if not x.requires_grad or x.is_leaf or not torch.is_grad_enabled():
         return  # a parameter given back as it is would keep the hook
+    hook.gradient.make_room(x)
     # a compiled backward writes only to what was there before its forward: in the first batch of a
     # compiled model gradients are not measured
-    if not (hook.gradient.made_room(x) and torch.compiler.is_compiling()):
+    if not (hook.gradient.grown and torch.compiler.is_compiling()):
         x.register_hook(hook.on_gradient)
+
+
+def _transformed() -> bool:
+    """Tell whether this happens within vmap, grad or the like, where nothing may be added to."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def _is_measurable(x: Tensor, device: torch.device) -> bool:
+    dense = x.layout == torch.strided and not x.is_nested and x.device == device
+    return dense and x.dtype in _FLOATS and x.numel() > 0
 
 
 def _gradient_hook(meters: Meters, meter: _Meter) -> Callable[[Tensor], None]:
@@ -197,11 +232,6 @@ def _gradient_hook(meters: Meters, meter: _Meter) -> Callable[[Tensor], None]:
             meter.add(grad)
 
     return arrived
-
-
-def _first_floats(output: Any) -> Tensor | None:
-    floats = [x for x in tree.leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
-    return floats[0] if floats else None
 
 
 def unit_extremes(x: Tensor, last: bool) -> tuple[Tensor, Tensor]:
@@ -235,17 +265,17 @@ def sum_of_squares(x: Tensor) -> Tensor:
     return norms.square().sum().float()
 
 
-def sample(x: Tensor) -> Tensor:
-    """Return at most `2 * N_SAMPLED` values of `x`, evenly spread over all of it, flat.
+def sample(x: Tensor, n: int = N_SAMPLED) -> Tensor:
+    """Return at most `2 * n` values of `x`, evenly spread over all of it, flat.
 
     Other places of each item are met, since the step shares no factor with the size of an item.
     """
-    values = x.reshape(-1)
-    if len(values) <= 2 * N_SAMPLED:
+    values = x.detach().reshape(-1)
+    if len(values) <= 2 * n:
         return values
     size = x[0].numel()
     for step in _STEPS:  # rather than by gcd, which torch.compile does not follow
-        if step * N_SAMPLED >= len(values) - N_SAMPLED and size % step:
+        if step * n >= len(values) - n and size % step:
             break
     return values[::step]
 
@@ -268,23 +298,28 @@ def bounds(module: nn.Module) -> tuple[float, float] | None:
     return None
 
 
-_UNITS_LAST = (
-    *(nn.Linear, nn.Bilinear, nn.Embedding, nn.LayerNorm, nn.RMSNorm),
-    *(nn.MultiheadAttention, nn.RNNBase),
-)
+_UNITS_LAST = (nn.Linear, nn.Bilinear, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
 
 
 def units_last(modules: Iterable[nn.Module]) -> list[bool]:
     """Tell where the units of each module's output are: in the last dimension, or in the second.
 
-    Activations and whatever else has no weight to tell it follow the module before them.
+    What has a matrix of its own multiplies the last dimension, as a Linear does, also one from
+    elsewhere. Activations and whatever else has no weight to tell it follow the module before them.
     """
-    answers: list[bool] = []
+    answers = [False]
     for module in modules:
-        if isinstance(module, _UNITS_LAST):
-            answers.append(True)
-        elif any(True for _ in module.parameters(recurse=False)) or not answers:
-            answers.append(False)
-        else:
-            answers.append(answers[-1])
-    return answers
+        own = _has_units_last(module)
+        answers.append(answers[-1] if own is None else own)
+    return answers[1:]
+
+
+def _has_units_last(module: nn.Module) -> bool | None:
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return len(module.normalized_shape) == 1  # of images, (c, h, w)
+    if isinstance(module, foundations.LayerNorm):
+        return len(module.shape) == 1
+    if isinstance(module, _UNITS_LAST):
+        return True
+    own = [0 if is_lazy(param) else param.ndim for param in module.parameters(recurse=False)]
+    return max(own) == 2 if own else None

@@ -13,10 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import SetupError
+from .stochastic_depth import checked_rate, drop_items
 from .tree import describe
 
 _FEW, _LEAST_VARIANCE = 20, 0.01
 """While fewer items were seen, `RunningBatchNorm` takes no variance for smaller than this."""
+
+_COUNTED_IN = 1024
+"""Values are counted by so many: a norm that was made float16 can count to 65,504 only."""
 
 
 class GeneralReLU(nn.Module):
@@ -66,7 +70,7 @@ def gain_of(activation: Callable[[Tensor], Tensor] | None) -> float:
     if activation is None:
         return 1.0
     if isinstance(activation, nn.Module):
-        activation = copy.deepcopy(activation).double()  # it may have parameters
+        activation = copy.deepcopy(activation).to("cpu", torch.float64)  # it may have parameters
     z = torch.linspace(-8, 8, 4097, dtype=torch.float64, device="cpu")
     density = torch.exp(-z.square() / 2)
     with torch.no_grad():
@@ -104,7 +108,7 @@ def conv_norm_act(
             begins as nothing (Goyal et al., 2017).
 
     Raises:
-        SetupError: `norm` or `act` is a module instead of what makes one, the kernel is even, or
+        SetupError: `norm` or `act` is not what makes a module, the kernel is even, or
             `zero_norm` finds no weight.
     """
     if kernel % 2 == 0:
@@ -132,11 +136,19 @@ def conv_norm_act(
 
 def _maker(given: Callable[..., nn.Module], argument: str) -> Callable[..., nn.Module]:
     if isinstance(given, nn.Module):
-        name = type(given).__name__
+        kind = type(given)
+        name = f"{'nn.' * kind.__module__.startswith('torch.')}{kind.__name__}"
         raise SetupError(
             f"{argument} must make a module, so that each layer has its own.",
             saw=f"the module {given!r}",
-            do=f"give the class, {argument}=nn.{name}, or a partial of it.",
+            do=f"give the class, {argument}={name}, or a partial of it.",
+        )
+    if not callable(given):
+        raise SetupError(
+            f"{argument} must make a module.",
+            saw=repr(given),
+            do=f"give a class, {argument}=nn.{'ReLU' if argument == 'act' else 'BatchNorm2d'}, "
+            "a partial of one, or None.",
         )
     return given
 
@@ -162,7 +174,7 @@ class RunningBatchNorm(nn.Module):
     Attributes:
         weight, bias: (c,) each, learnt; at first 1 and 0.
         running_mean, running_var: (c,) each, the population mean and variance.
-        running_count: the average number of values per channel in a batch.
+        running_count: the average number of values per channel in a batch, in units of 1024.
         n_seen: items seen in training. While they are fewer than 20, no variance counts as less
             than 0.01.
     """
@@ -195,7 +207,9 @@ class RunningBatchNorm(nn.Module):
                 f"RunningBatchNorm({self.n_channels}) takes (n, {self.n_channels}, ...).",
                 saw=describe(x),
             )
-        wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        wide = x.to(
+            torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float)
+        )
         mean, var = self.running_mean, self.running_var
         if self.training and x.numel():
             mean, var = self._updated(wide)
@@ -210,7 +224,7 @@ class RunningBatchNorm(nn.Module):
         n_items, n_values = x.shape[0], x.numel() // self.n_channels
         momentum = 1 - (1 - self.momentum) / math.sqrt(max(n_items - 1, 1))
         past = self.running_count * (1 - momentum)
-        self.running_count.copy_(past + momentum * n_values)
+        self.running_count.copy_(past + momentum * n_values / _COUNTED_IN)
         kept = past / self.running_count  # the past's share in all sums; of nothing, exactly 0
         self.n_seen += n_items
         var, mean = torch.var_mean(x, [i for i in range(x.ndim) if i != 1], correction=0)
@@ -316,7 +330,7 @@ class Residual(nn.Module):
         self.body = body
         self.shortcut = nn.Identity() if shortcut is None else shortcut
         self.act = nn.Identity() if act is None else act
-        self.drop = _checked_rate(drop)
+        self.drop = checked_rate(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the branch to its input."""
@@ -328,42 +342,6 @@ class Residual(nn.Module):
     def extra_repr(self) -> str:
         """Show the rate, if there is one."""
         return f"drop={self.drop:g}" if self.drop else ""
-
-
-def drop_items(x: Tensor, rate: float) -> Tensor:
-    """Return a batch with whole items set to 0, each with a probability, the others made larger.
-
-    By 1 / (1 - rate), so that the mean stays: nothing is to be corrected in evaluation.
-
-    Args:
-        x: (n, ...), floats.
-        rate: 0 to below 1. The draws come from torch's generator, as those of dropout.
-    """
-    kept = torch.rand((len(x), *[1] * (x.ndim - 1)), device=x.device) >= rate
-    return x * (kept / (1 - rate)).to(x.dtype)
-
-
-class StochasticDepth(nn.Module):
-    """Leave out a branch for some items in training (Huang et al., 2016); at the branch's end.
-
-    As `drop_items` does. In evaluation nothing is left out. For blocks of one's own; those of
-    `Residual` have it built in, see `set_stochastic_depth`.
-
-    Args:
-        rate: probability that an item goes without the branch, 0 to below 1.
-    """
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = _checked_rate(rate)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `x`, in training without some of its items."""
-        return drop_items(x, self.rate) if self.training and self.rate else x
-
-    def extra_repr(self) -> str:
-        """Show the rate."""
-        return f"{self.rate:g}"
 
 
 def set_stochastic_depth(model: nn.Module, rate: float) -> None:
@@ -384,13 +362,7 @@ def set_stochastic_depth(model: nn.Module, rate: float) -> None:
         raise SetupError(
             "Stochastic depth found no residual blocks.",
             saw=f"no pellucid.nn.Residual in {type(model).__name__}",
-            do="put nn.StochasticDepth at the end of each branch.",
+            do="put a StochasticDepth at the end of each branch.",
         )
     for i, block in enumerate(blocks, 1):
-        block.drop = _checked_rate(i / len(blocks) * rate)
-
-
-def _checked_rate(rate: float) -> float:
-    if not 0 <= rate < 1:
-        raise SetupError("A branch is left out with a probability of 0 to below 1.", saw=f"{rate}")
-    return rate
+        block.drop = checked_rate(i / len(blocks) * rate)

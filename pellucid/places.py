@@ -50,6 +50,10 @@ class Place:
         for part in self.parts:
             yield from part
 
+    def is_in(self, other: Place) -> bool:
+        """Say whether this is the other place or lies below it."""
+        return self is other or other in self.above
+
 
 def parameters_of(module: Any) -> list[tuple[str, Tensor]]:
     """Return the parameters that a module itself holds, without its parts, with their names."""

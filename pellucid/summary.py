@@ -7,10 +7,9 @@ are counted where torch carries them out, memory where autograd keeps it.
 from __future__ import annotations
 
 import copy
-import sys
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -43,8 +42,8 @@ def summary(model: Model, *inputs: Any, depth: int | None = None) -> Summary:
       its own parameters, and what its forward does besides calling parts, have lines of their own.
     - Multiply-adds are half of what torch's `FlopCounterMode` counts (matrix products,
       convolutions, attention), with what it leaves out: recurrent layers, attention on the CPU,
-      products with a vector. They are those of the whole batch; norms, activations and pooling
-      have none.
+      Bilinear, products with a vector. They are those of the whole batch; norms, activations and
+      pooling have none.
     - Kept for backward are the bytes that autograd holds on to when the output is there, counted
       where they are first saved; without parameters, buffers and inputs. In training mode dropout
       keeps its masks besides.
@@ -56,11 +55,13 @@ def summary(model: Model, *inputs: Any, depth: int | None = None) -> Summary:
         depth: how deep to print; None prints all. The result holds all parts in any case.
 
     Raises:
-        SetupError: `inputs` are sizes where tensors are wanted.
+        SetupError: `inputs` are sizes where tensors are wanted, or `depth` is no depth.
         Exception: what the model raises, with a note: the tree up to where it failed.
     """
     if not isinstance(model, Model):
         raise SetupError("A summary needs a model.", saw=repr(model), do="give an instance of it.")
+    if depth is not None and (not isinstance(depth, int) or depth < 0):
+        raise SetupError("depth must be 0 or more, or None for all.", saw=repr(depth))
     whole: Any = getattr(model, "_orig_mod", model)
     _check_inputs(inputs)
     if any(is_lazy(tensor) for tensor in chain(whole.parameters(), whole.buffers())):
@@ -212,8 +213,9 @@ class _Look:
 
     def _outlined(self, place: Place, idle: bool, frozen: bool) -> Part:
         """Outline a place; `idle` and `frozen` are known of the whole that it is in."""
-        within = {id(param): param for p in place for _, param in parameters_of(p.module)}
-        idle_here = not any(twin.n_calls for p in place for twin in self.places[id(p.module)])
+        here = list(place)
+        within = {id(param): param for p in here for _, param in parameters_of(p.module)}
+        idle_here = not any(twin.n_calls for p in here for twin in self.places[id(p.module)])
         frozen_here = bool(within) and not any(p.requires_grad for p in within.values())
         notes = self._notes(place)
         if frozen_here and not frozen:
@@ -221,17 +223,17 @@ class _Look:
         if idle_here and not idle:
             used = not self.used.seen.isdisjoint(within)
             notes.append("not called, but its parameters are used" if used else "not used")
-        new = {i: p for i, p in within.items() if self.owners[i][0] in set(place)}
+        new = [param for i, param in within.items() if self.owners[i][0].is_in(place)]
         return Part(
             name=place.name,
             label=place.name.rpartition(".")[2],
             kind=type(place.module).__name__,
             output=" … ".join(dict.fromkeys(place.outputs)),
             n_calls=place.n_calls,
-            n_params=sum(param.numel() for param in new.values()),
-            n_trainable=sum(param.numel() for param in new.values() if param.requires_grad),
-            multiply_adds=sum(p.flops for p in place) // 2,
-            kept=sum(p.kept for p in place),
+            n_params=sum(param.numel() for param in new),
+            n_trainable=sum(param.numel() for param in new if param.requires_grad),
+            multiply_adds=sum(p.flops for p in here) // 2,
+            kept=sum(p.kept for p in here),
             note=", ".join(notes),
             parts=tuple(self._parts(place, idle or idle_here, frozen or frozen_here)),
         )
@@ -309,11 +311,9 @@ class _Used(TorchDispatchMode):
 def _as_written() -> Generator[None]:
     """Let modules do what their code says: no fused encoder, nothing compiled."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    # only what was imported can have compiled anything, and importing it takes seconds
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with eager or nullcontext():
+        with torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

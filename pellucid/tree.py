@@ -24,10 +24,12 @@ def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def leaves(tree: Any) -> list[Any]:
-    """Return the leaves in order."""
-    found: list[Any] = []
-    map_leaves(found.append, tree)
-    return found
+    """Return the leaves in order; nothing is rebuilt, so any kind of tuple or dict will do."""
+    if isinstance(tree, dict):
+        return [leaf for part in tree.values() for leaf in leaves(part)]
+    if isinstance(tree, (tuple, list)):
+        return [leaf for part in tree for leaf in leaves(part)]
+    return [tree]
 
 
 def to_device(tree: Any, device: torch.device) -> Any:

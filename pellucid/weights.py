@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .errors import DataNotFound
+from .errors import DataError, DataNotFound
 
 
 def save(model: nn.Module, path: str | Path) -> Path:
@@ -23,9 +23,16 @@ def load(model: nn.Module, path: str | Path, device: torch.device) -> None:
 
     Raises:
         DataNotFound: there is no such file.
+        DataError: it is no safetensors file, or a broken one.
+        RuntimeError: the model has other parameters, or of other shapes.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_model
 
     if not Path(path).is_file():
         raise DataNotFound("There are no saved weights.", saw=str(path))
-    load_model(model, str(path), device=str(device))
+    try:
+        load_model(model, str(path), device=str(device))
+    except SafetensorError as error:
+        what = "The saved weights cannot be read."
+        raise DataError(what, saw=f"{path}: {error}", do="save them again.") from None

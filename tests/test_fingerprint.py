@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from functools import partial, wraps
+from pathlib import Path
 
 from pellucid.ablation.fingerprint import fingerprint, in_words
 
@@ -38,14 +39,37 @@ def test_every_change_of_the_code_shows():
 
 
 def test_a_fingerprint_is_the_same_in_another_process():
-    of_f = "from pellucid.ablation.fingerprint import fingerprint; print(fingerprint(f))"
-    code = f"exec({PLAIN!r}); {of_f}"
+    words = {"x", "y", "z"}
+    code = f"""if True:
+        import sys
+        sys.path.append({str(Path(fingerprint.__code__.co_filename).parent)!r})
+        from fingerprint import fingerprint, in_words  # without torch: soon begun
+        exec({PLAIN!r})
+        print(fingerprint(f), in_words({words!r}))"""
     for hashes in ("1", "2"):  # the order of sets of words differs
         answer = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True,
-            env={"PYTHONHASHSEED": hashes, "PYTHONPATH": ":".join(sys.path)},
+            env={"PYTHONHASHSEED": hashes},
         )  # fmt: skip
-        assert answer.stdout.strip() == fingerprint(made(PLAIN)), answer.stderr
+        told = f"{fingerprint(made(PLAIN))} {in_words(words)}\n"
+        assert answer.stdout == told, answer.stderr
+
+
+def test_settings_that_a_function_has_from_around_it_count():
+    def around(setting, log, n_calls=0):
+        def f(x):
+            nonlocal n_calls
+            n_calls += 1
+            log.append(x)
+            return setting, late
+
+        if log:
+            late = 1
+        return f
+
+    assert fingerprint(around(1, [])) == fingerprint(around(1, [], 3))
+    assert len({fingerprint(around(setting, [])) for setting in (1, 1.0, "1", True)}) == 4
+    assert fingerprint(around(1, [2])) != fingerprint(around(1, []))  # late is there
 
 
 class Callable:

@@ -98,6 +98,12 @@ def assert_same_batch(ours, theirs):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+def test_a_python_float_gets_the_dtype_that_models_compute_in():
+    assert collate([0.5, 1.0]).dtype == torch.float32
+    assert collate([np.float64(0.5)]).dtype == torch.float64
+    assert collate([(torch.zeros(2), 0.5)])[1].dtype == torch.float32
+
+
 def test_items_of_different_shape_or_form_make_no_batch():
     with pytest.raises(RuntimeError, match="equal size"):
         collate([torch.zeros(2), torch.zeros(3)])

@@ -23,9 +23,9 @@ both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64
 shapes = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 
 
-def assert_same(ours, theirs, x, *rest):
+def assert_same(ours, theirs, x, *rest, double=1e-12):
     """Compare values and input gradients, to 1e-5 and better."""
-    tolerance = dict.fromkeys(["rtol", "atol"], 1e-12 if x.dtype == torch.float64 else 1e-5)
+    tolerance = dict.fromkeys(["rtol", "atol"], double if x.dtype == torch.float64 else 1e-5)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     values = [ours(inputs[0], *rest), theirs(inputs[1], *rest)]
     torch.testing.assert_close(*values, **tolerance)
@@ -148,6 +148,25 @@ def test_a_sure_and_wrong_yes_costs_its_logit_and_not_infinity():
     assert loss == 1000 and logits.grad.tolist() == [0.5, -0.5]
     assert binary_nll(tensor([1.0]), tensor([0.0])) == 100
     assert binary_nll(tensor([0.0]), tensor([1.0])) == 100
+
+
+@both_precisions
+def test_binary_nll_and_its_gradients_stay_torchs_at_the_ends_where_logs_are_infinite(dtype):
+    p = tensor([0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1e-20, 1e-13, 1e-7, 1 - 1e-7], dtype=dtype)
+    y = tensor([0.0, 0.3, 1.0, 0.0, 0.3, 1.0, 1.0, 0.0, 1.0, 0.0], dtype=dtype)
+    # torch has its 1e-12 in float32 even for float64
+    assert_same(binary_nll, F.binary_cross_entropy, p, y, double=1e-8)
+
+
+@both_precisions
+def test_binary_nll_can_be_differentiated_by_its_targets_and_twice(dtype):
+    def for_targets(loss):
+        return lambda y, p: loss(p, y)
+
+    p, y = torch.rand(5, dtype=dtype) * 0.9 + 0.05, torch.rand(5, dtype=dtype)
+    assert_same(for_targets(binary_nll), for_targets(F.binary_cross_entropy), y, p)
+    inside = [t.double().requires_grad_() for t in (p, y)]
+    assert torch.autograd.gradgradcheck(binary_nll, inside)
 
 
 @pytest.mark.parametrize(("y", "p", "log10"), [(1.0, 0.98, 0.00877), (0.0, 0.9, 1.0)])

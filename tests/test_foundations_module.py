@@ -5,6 +5,7 @@ import gc
 import io
 import pickle
 import weakref
+from collections import deque
 
 import pytest
 import torch
@@ -171,12 +172,33 @@ def test_a_part_may_know_its_parent_and_itself():
 
 @pytest.mark.parametrize(
     "thing",
-    [nn.Linear(2, 2), [nn.ReLU()], nn.Parameter(torch.ones(1)), torch.ones(1, requires_grad=True)],
-    ids=["torch's layer", "in a list", "torch's parameter", "a tensor with gradient"],
+    [
+        nn.Linear(2, 2),
+        [nn.ReLU()],
+        nn.Parameter(torch.ones(1)),
+        torch.ones(1, requires_grad=True),
+        {Linear(2, 2)},
+        [deque([Parameter(torch.ones(1))])],
+        frozenset([nn.ReLU()]),
+    ],
+    ids=[
+        "torch's layer",
+        "in a list",
+        "torch's parameter",
+        "a tensor with gradient",
+        "in a set",
+        "in a deque",
+        "in a frozen set",
+    ],
 )
 def test_what_would_be_left_untrained_is_refused(thing):
     module = Module()
-    module.kind, module.other = nn.Linear, Linear  # classes are no parts
+    module.kind, module.other, module.kinds = (
+        nn.Linear,
+        Linear,
+        {nn.ReLU, ReLU},
+    )  # classes are no parts
+    module.seen = deque([torch.ones(2)], maxlen=3), {"relu", 3}  # nor is this
     assert list(module.parameters()) == []
     module.part = thing
     with pytest.raises(SetupError, match=r"part.* nobody would train"):

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pellucid.errors import DataError, SetupError
-from pellucid.foundations import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, moments
+from pellucid.foundations import (
+    BatchNorm,
+    Conv2d,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+    Sequential,
+    moments,
+)
 
 TORCHS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 precisions = st.sampled_from([torch.float32, torch.float64])
@@ -170,6 +178,59 @@ def test_a_larger_eps_tames_a_batch_of_nearly_equal_values():
     x = torch.tensor([[1.0], [1.001]])
     assert BatchNorm(1)(x).abs().max() > 0.1
     assert BatchNorm(1, eps=1.0)(x).abs().max() < 0.001
+
+
+@pytest.mark.parametrize("make", [
+    BatchNorm, lambda n: GroupNorm(1, n), InstanceNorm, lambda n: InstanceNorm(n, affine=True),
+])  # fmt: skip
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_other_channels_are_refused_and_leave_the_running_averages_alone(make, n):
+    layer = make(n)
+    before = copy.deepcopy(layer.state_dict())
+    for mode in (layer.train(), layer.eval()):
+        with pytest.raises(DataError, match=rf"takes \(n, {n}, \.\.\.\)\.\n  saw: float32 2×3×4×4"):
+            mode(torch.randn(2, 3, 4, 4))
+        with pytest.raises(DataError, match=rf"takes \(n, {n}, \.\.\.\)"):
+            mode(torch.randn(n))
+    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+
+
+NORMS = [
+    (BatchNorm(4), nn.BatchNorm2d(4)),
+    (LayerNorm((4, 5, 5)), nn.LayerNorm((4, 5, 5))),
+    (GroupNorm(2, 4), nn.GroupNorm(2, 4)),
+    (InstanceNorm(4), nn.InstanceNorm2d(4)),
+]
+norms = pytest.mark.parametrize(("ours", "theirs"), NORMS, ids=lambda n: type(n).__name__)
+
+
+@norms
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_normalised_as_torch_does_it_where_squares_overflow(ours, theirs, dtype):
+    ours, theirs = copy.deepcopy(ours).to(dtype), copy.deepcopy(theirs).to(dtype)
+    x = (torch.randn(8, 4, 5, 5) * 300 + 500).to(dtype)
+    for _ in range(2):
+        out = ours(x)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out, theirs(x), rtol=0.02, atol=0.02)
+        ours, theirs = ours.eval(), theirs.eval()
+
+
+@norms
+def test_under_autocast_norms_keep_their_averages_in_float32(ours, theirs):
+    twins = [Sequential(Conv2d(4, 4, 3, bias=False), copy.deepcopy(ours)),
+             nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), copy.deepcopy(theirs))]  # fmt: skip
+    twins[0].load_state_dict(twins[1].state_dict())
+    x = torch.randn(8, 4, 7, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        outs = [model(x) for model in twins]
+    torch.testing.assert_close(*outs, rtol=0.05, atol=0.05, check_dtype=False)
+    states = twins[0].state_dict(), dict(twins[1].state_dict())
+    torch.testing.assert_close(*states, rtol=0.02, atol=0.02)
+
+
+def test_a_group_norm_takes_an_empty_batch():
+    assert GroupNorm(2, 4)(torch.randn(0, 4, 3, 3)).shape == (0, 4, 3, 3)
 
 
 def test_what_cannot_be_normalised_is_refused():

@@ -6,7 +6,7 @@ import io
 import pickle
 import signal
 import weakref
-from collections import namedtuple
+from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -17,11 +17,13 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.rnn import pack_sequence
 
 from pellucid import CancelFit, DataLoaders, Learner
 from pellucid.callbacks import Debug, Progress
 from pellucid.errors import SetupError
-from pellucid.hooks import Hook, Hooks, find, leaves
+from pellucid.hooks import Hook, Hooks, find, leaves, tensors_in
+from pellucid.nn import Lambda
 
 
 def net() -> nn.Sequential:
@@ -99,6 +101,39 @@ def test_of_a_recurrent_layer_too():
         out, (hidden, _) = module(torch.randn(5, 2, 3))
         (out.sum() + hidden.sum()).backward()
     assert hook.calls == 2  # out and hidden; the cell's end went into nothing
+
+
+class Built(OrderedDict):
+    """A dict with a constructor of its own, as those that models of language give."""
+
+    def __init__(self, out: torch.Tensor):
+        super().__init__(out=out, past=None)
+
+
+KINDS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "packed sequence": lambda x: pack_sequence([x[:2], x[2:]]),
+    "default dict": lambda x: defaultdict(list, out=x),
+    "a dict of its own kind": Built,
+    "with a size": lambda x: [x.shape, (None, x)],
+    "of torch's own kind": lambda x: x.max(dim=1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_output_of_any_kind_is_looked_into_and_not_built_again(kind):
+    module, grads = Lambda(KINDS[kind]), []
+    x = torch.ones(3, 4, requires_grad=True)
+    with Hook(module, lambda hook, module, grad: grads.append(grad), backward=True):
+        [given] = [tensor for tensor in tensors_in(module(x * 1)) if tensor.requires_grad]
+        (5 * given).sum().backward()
+    [grad] = grads
+    assert grad.shape == given.shape and (grad == 5).all()
+
+
+def test_where_an_output_holds_no_tensors_there_are_none():
+    for output in (None, "text", 3, [], {"a": [None, "b"]}, iter([torch.ones(2)])):
+        assert tensors_in(output) == []
+    assert tensors_in(tensor := torch.ones(2))[0] is tensor
 
 
 class Table(nn.Module):
@@ -263,6 +298,11 @@ def test_what_cannot_be_hooked_is_refused_and_what_was_set_before_removed():
 def test_what_is_no_list_of_modules_is_refused(given):
     with pytest.raises(SetupError, match=r"leaves\(model\)\.values\(\)"):
         Hooks(given, count)
+
+
+def test_a_class_is_no_condition():
+    with pytest.raises(SetupError, match=r"isinstance\(module, Linear\)"):
+        find(net(), nn.Linear)
 
 
 # ── a copy of the model is another model ──────────────────────────────────────────────────────

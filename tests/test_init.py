@@ -128,6 +128,21 @@ def test_all_layers_are_set_and_nothing_else():
 
 
 @pytest.mark.parametrize("init", [init_kaiming, init_xavier, init_orthogonal])
+def test_torchs_attention_keeps_what_it_has(init):
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    nn.init.ones_(model.self_attn.out_proj.bias)
+    before = copy.deepcopy(model.self_attn.state_dict())
+    init(model)
+    torch.testing.assert_close(model.self_attn.state_dict(), before, rtol=0, atol=0)
+    x = torch.randn(4, 5, 8)
+    report, study = lsuv(model, x), study_init(model, x)
+    assert list(report.before) == [layer.name for layer in study.layers] == ["linear1", "linear2"]
+    assert not report.left and not study.unreached
+    with pytest.raises(SetupError, match="no Linear and no convolution"):
+        init(model.self_attn)
+
+
+@pytest.mark.parametrize("init", [init_kaiming, init_xavier, init_orthogonal])
 def test_low_precision_and_parametrized_weights_are_set(init):
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         layer = nn.Linear(50, 60, dtype=dtype)
@@ -283,8 +298,7 @@ def test_lsuv_brings_every_layer_to_mean_0_and_sd_1(name):
     for layer, (mean, sd) in found.items():
         assert report.after[layer].mean == pytest.approx(mean, abs=1e-4)
         assert report.after[layer].sd == pytest.approx(sd, abs=1e-4)
-    unreached = [f"encoder.layers.{i}.self_attn.out_proj" for i in range(3)]
-    assert list(report.left) == (unreached if name == "transformer" else [])
+    assert not report.left
 
 
 def test_lsuv_sets_in_the_order_of_the_calls_in_one_pass_and_checks_in_a_second():
@@ -468,6 +482,19 @@ def test_lsuv_refuses_what_cannot_work():
     for wrong in ({"tol": 0}, {"tol": 2}, {"max_passes": 0}):
         with pytest.raises(SetupError, match="lsuv needs"):
             lsuv(model, torch.randn(4, 6), **wrong)
+
+
+@pytest.mark.parametrize("look", [lsuv, study_init])
+def test_a_batch_that_the_model_cannot_take_is_told_with_where_to_find_one(look):
+    with pytest.raises((RuntimeError, TypeError)) as caught:
+        look(simple_cnn(1, 10), torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
+    assert "saw: uint8 4×1×8×8" in caught.value.__notes__[0]
+    assert "one_batch()" in caught.value.__notes__[0]
+
+
+def test_a_study_takes_a_batch_and_no_loader():
+    with pytest.raises(SetupError, match=r"takes one batch(.|\n)*one_batch\(\)"):
+        study_init(simple_cnn(1, 10), iter([torch.zeros(4, 1, 8, 8)]))
 
 
 def test_a_deep_net_learns_after_lsuv_and_not_before():
@@ -730,6 +757,20 @@ def test_the_study_prints_a_table_and_draws_itself():
         "before",
         "after",
     ]
+
+
+def test_a_study_that_reached_no_layer_says_so():
+    model = nn.Sequential(nn.ReLU(), nn.Linear(3, 3))
+    model.forward = model[0].forward
+    study = study_init(model, torch.randn(4, 3))
+    assert repr(study) == "InitStudy(0 layers; none reached)"
+    assert str(study).splitlines()[1:] == ["1  not reached"]
+
+
+def test_studies_of_different_depth_are_not_drawn_side_by_side():
+    short, long = (study_init(deep_mlp(n), torch.randn(4, 64)) for n in (3, 4))
+    with pytest.raises(SetupError, match=r"3 in 'short', 4 in 'long'"):
+        short.plot("short", {"long": long})
 
 
 def test_a_plot_of_one_study_and_of_a_deep_one():

@@ -18,7 +18,8 @@ PACKAGE = Path(pellucid.__file__).parent
 LAYERS = {
     "ground": "errors tree device randomness stats plots histograms layers layers_plot record "
     "snapshot weights outline flops checkpoint",
-    "parts": "foundations nn init losses metrics schedules optim hooks meters places summary "
+    "parts": "foundations nn stochastic_depth init losses metrics schedules optim hooks meters "
+    "places summary "
     "joint roles muon freezing averaging "
     "gan gradient_checkpointing mixing nonfinite tally distributed sharding data vision diagnosis",
     "loop": "events binding slips looks engines learner",

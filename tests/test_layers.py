@@ -5,15 +5,18 @@ import json
 import math
 import pickle
 import tracemalloc
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib import colormaps
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from pellucid import Record
+from pellucid import Record, layers_plot
 from pellucid.errors import DataError, UnknownName
 from pellucid.histograms import ACTIVATIONS, GRADIENTS
 from pellucid.layers import LayerRecord
@@ -186,6 +189,10 @@ def test_names_are_listed_and_an_unknown_one_names_the_nearest():
         layers.plot_histograms("activation")
     with pytest.raises(UnknownName, match="no statistic 3"):
         layers[3]  # ty: ignore[invalid-argument-type]
+    with pytest.raises(UnknownName, match="did you mean 'activations/sd'"):
+        layers["sd"]
+    with pytest.raises(UnknownName, match=r'layers\["activations/sd"\]\[:, 1\]'):
+        layers[layers.names[1]]
 
 
 def test_edges_are_those_of_the_kind():
@@ -393,3 +400,39 @@ def test_a_picture_shows_each_layer_that_was_measured():
     titles = [axes.get_title() for axes in draw(layers, "plot_histograms").axes]
     shown = [f"block.{i} Linear" for i in (0, 1, 2, 3, 5)]
     assert [title for title in titles if title] == shown
+
+
+def test_a_parameter_that_rests_looks_like_none_that_is_unknown_or_usual():
+    layers = filled(recordings(1, n_parameters=4))
+    layers._updates[0, :, 2], layers._n_updates[0, :, 2] = [0.0, 1e-3, 1e-7, math.nan], 1
+    axes, _ = draw(layers, "plot_updates").axes
+    [image] = axes.collections
+    assert isinstance(image, QuadMesh)
+    colours = image.to_rgba(image.get_array()).reshape(4, 4)[:, :3]
+    np.testing.assert_array_equal(colours[0], colours[2])  # below the scale
+    assert abs(colours[0] - colours[1]).max() > 0.5
+    assert image.get_array().mask.ravel().tolist() == [False] * 3 + [True]
+    unknown = np.array(axes.get_facecolor()[:3])
+    for scale in ("RdBu_r", "Reds"):
+        assert abs(colormaps[scale](np.linspace(0, 1, 99))[:, :3] - unknown).max(1).min() > 0.1
+
+
+@pytest.mark.parametrize("n", [5, 60, 300])
+def test_the_names_beside_a_map_do_not_lie_one_over_another(n):
+    layers = filled(recordings(1, n_parameters=n))
+    drawing = layers.plot_updates()
+    drawing.canvas.draw()
+    [names, *_] = [axes.get_yticklabels() for axes in drawing.axes]
+    boxes = sorted((name.get_window_extent() for name in names), key=lambda box: box.y0)
+    assert len(names) >= min(n, 60)
+    assert all(one.y1 <= other.y0 + 1 for one, other in pairwise(boxes))
+
+
+def test_a_long_name_keeps_its_numbers_and_its_end():
+    name = "encoder.layers.11.attention.projection.weight"
+    assert layers_plot._shortened(name, 45) == name
+    assert layers_plot._shortened(name, 36) == "e.l.11.attention.projection.weight"
+    assert layers_plot._shortened(name, 26) == "e.l.11.a.projection.weight"
+    assert layers_plot._shortened(name, 20) == "e.l.11.a.p.weight"
+    assert layers_plot._shortened("a_name_that_has_one_part Linear", 10) == "…rt Linear"
+    assert len(layers_plot._shortened("block.0.1 AdaptiveAvgPool2d", 24)) <= 24

@@ -456,6 +456,14 @@ def test_a_function_instead_of_a_callback():
     trains_again(learn)
 
 
+def test_one_callback_instead_of_a_list_in_a_fit():
+    learn = learner()
+    for fit in (learn.fit, learn.fit_one_cycle):
+        with pytest.raises(CallbackError, match=r"takes a list.*\n.*saw: Progress"):
+            fit(1, 0.1, Progress("off"))  # ty: ignore[invalid-argument-type]
+    trains_again(learn)
+
+
 @pytest.mark.parametrize("name", ["callbacks", "metrics"])
 def test_one_thing_instead_of_a_list_of_them(name):
     one = Progress("off") if name == "callbacks" else accuracy

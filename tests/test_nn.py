@@ -161,6 +161,10 @@ def test_conv_norm_act_refuses_what_cannot_work():
         conv_norm_act(3, 4, act=nn.ReLU())
     with pytest.raises(SetupError, match="norm must make a module"):
         conv_norm_act(3, 4, norm=nn.BatchNorm2d(4))
+    with pytest.raises(SetupError, match="norm=RunningBatchNorm,"):
+        conv_norm_act(3, 4, norm=RunningBatchNorm(4))
+    with pytest.raises(SetupError, match=r"'relu'\n.*act=nn\.ReLU"):
+        conv_norm_act(3, 4, act="relu")  # ty: ignore[invalid-argument-type]
     with pytest.raises(SetupError, match="odd"):
         conv_norm_act(3, 4, kernel=4)
     with pytest.raises(SetupError, match="norm with a weight"):
@@ -311,6 +315,18 @@ def test_low_precision_is_normalised_in_float32(dtype):
     assert out.dtype == dtype
     torch.testing.assert_close(out, wide(x.float()).to(dtype))
     assert low.running_mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_norm_of_low_precision_counts_large_maps(dtype):
+    low, wide = RunningBatchNorm(3).to(dtype), RunningBatchNorm(3)
+    for i in range(40):  # 90,000 values a channel: float16 ends at 65,504
+        x = (torch.randn(9, 3, 100, 100) + i % 2).to(dtype)
+        out = low(x)
+        torch.testing.assert_close(out, wide(x.float()).to(dtype), atol=0.05, rtol=0.05)
+    assert low.running_mean.dtype == out.dtype == dtype
+    out.sum().backward()
+    assert low.weight.grad.isfinite().all()
 
 
 def test_it_works_under_autocast():

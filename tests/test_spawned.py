@@ -78,6 +78,23 @@ class Unbuildable:
         return {"a": 1}
 
 
+@pytest.fixture(scope="module")
+def light(tmp_path_factory) -> Path:
+    """Make a pellucid that imports nothing by itself: processes that need no torch soon begin."""
+    folder = tmp_path_factory.mktemp("light")
+    for package in ("pellucid", "pellucid/ablation"):
+        (folder / package).mkdir()
+        (folder / package / "__init__.py").write_text(
+            f"__path__.append({str(PACKAGE / package)!r})"
+        )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def processes_are_light(light, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(light), *sys.path])  # which they take over
+
+
 # ── in the ordinary way ───────────────────────────────────────────────────────────────────────
 
 
@@ -182,20 +199,20 @@ def build(n):
 """
 
 
-def run_script(folder: Path, guard: str) -> subprocess.CompletedProcess[str]:
+def run_script(folder: Path, guard: str, package: Path) -> subprocess.CompletedProcess[str]:
     script = folder / "study.py"
     script.write_text(SCRIPT.format(guard=guard))
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
+    environment = {**os.environ, "PYTHONPATH": str(package)}
     command = [sys.executable, str(script)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
 
 
-def test_a_function_of_a_script_travels(tmp_path):
-    assert run_script(tmp_path, 'if __name__ == "__main__":').stdout == "[(0, 5)]\n"
+def test_a_function_of_a_script_travels(light, tmp_path):
+    assert run_script(tmp_path, 'if __name__ == "__main__":', light).stdout == "[(0, 5)]\n"
 
 
-def test_a_script_without_its_guard_is_told_of_it(tmp_path):
-    said = run_script(tmp_path, "if True:").stderr
+def test_a_script_without_its_guard_is_told_of_it(light, tmp_path):
+    said = run_script(tmp_path, "if True:", light).stderr
     assert "A worker process read the main script and came to the call that started it." in said
     assert said.rstrip().splitlines()[-3:] == [
         "pellucid.errors.SetupError: A worker process ended before it began.",
@@ -236,7 +253,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("way", ["Ctrl-C", "SIGKILL", "SIGTERM"])
-def test_no_process_outlives_its_parent(way, tmp_path):
+def test_no_process_outlives_its_parent(way, light, tmp_path):
     script, folder = tmp_path / "waiting.py", tmp_path / "pids"
     script.write_text(WAITING.format(tests=str(Path(__file__).parent)))
     folder.mkdir()
@@ -244,7 +261,7 @@ def test_no_process_outlives_its_parent(way, tmp_path):
         [sys.executable, str(script), str(folder)],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+        env={**os.environ, "PYTHONPATH": str(light)},
         start_new_session=True,
     )
     until(lambda: len(list(folder.iterdir())) == 2)

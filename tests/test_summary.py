@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pellucid import foundations
 from pellucid.errors import SetupError, UnknownName
 from pellucid.outline import amount, size
+from pellucid.places import Place
 from pellucid.summary import summary
 
 # ── models ────────────────────────────────────────────────────────────────────────────────────
@@ -184,6 +185,30 @@ def test_products_with_a_vector_are_counted():
             return x @ torch.ones(4) + torch.ones(3).dot(torch.ones(3))
 
     assert summary(Vector(), torch.zeros(5, 4)).multiply_adds == 5 * 4 + 3
+
+
+def test_products_of_rarer_kinds_are_counted():
+    class Products(nn.Module):
+        def forward(self, x):
+            over_batches = torch.addbmm(torch.ones(5, 2), torch.ones(6, 5, 4), torch.ones(6, 4, 2))
+            return over_batches, torch.addmv(torch.ones(5), x, torch.ones(4))
+
+    assert summary(Products(), torch.zeros(5, 4)).multiply_adds == 6 * 5 * 4 * 2 + 5 * 4
+    bilinear, left, right = nn.Bilinear(3, 4, 2), torch.zeros(7, 5, 3), torch.zeros(7, 5, 4)
+    assert summary(bilinear, left, right).multiply_adds == 7 * 5 * 3 * 4 * 2
+
+
+def test_a_model_of_twice_as_many_layers_takes_twice_as_long_to_outline(monkeypatch):
+    steps, walk = [], Place.__iter__
+    monkeypatch.setattr(
+        Place, "__iter__", lambda place: (steps.append(0) or p for p in walk(place))
+    )
+    counts = []
+    for n in (40, 80):
+        steps.clear()
+        summary(nn.Sequential(*[nn.Linear(2, 2) for _ in range(n)]), torch.zeros(1, 2))
+        counts.append(len(steps))
+    assert counts[1] < 2.2 * counts[0]
 
 
 def test_functional_calls_belong_to_the_module_that_makes_them():
@@ -567,6 +592,12 @@ def test_depth_says_how_much_is_printed_and_changes_no_number():
         line for line in lines if line[:1] != ["│"]
     ]
     assert len(str(summary(small(), x, depth=0)).splitlines()) == len(lines) - 6
+
+
+@pytest.mark.parametrize("depth", ["all", -1, 1.5])
+def test_a_depth_is_a_whole_number_or_none(depth):
+    with pytest.raises(SetupError, match="depth must be 0 or more"):
+        summary(nn.Linear(2, 3), torch.zeros(1, 2), depth=depth)
 
 
 def test_a_part_is_found_by_its_name(tangled):

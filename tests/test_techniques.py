@@ -33,12 +33,11 @@ from pellucid.losses import smooth_labels, smoothed
 from pellucid.nn import (
     Residual,
     RunningBatchNorm,
-    StochasticDepth,
-    drop_items,
     set_stochastic_depth,
 )
 from pellucid.randomness import uniforms
 from pellucid.schedules import combine, constant, linear
+from pellucid.stochastic_depth import StochasticDepth, drop_items
 from pellucid.vision import (
     AlternatingFlip,
     Augment,

@@ -18,6 +18,7 @@ from collections import defaultdict, namedtuple
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -47,12 +48,16 @@ LIMIT = 10.0  # seconds within which any error must arrive
 
 
 def children() -> list[int]:
-    """The processes that this one has begun, also those that have ended and were not noticed."""
+    """The processes that this one has begun, also those that have ended and were not noticed.
+
+    But for Python's own, which lives as long as this one once anything was spawned.
+    """
     found = []
+    pythons_own = resource_tracker._resource_tracker._pid
     for folder in Path("/proc").iterdir():
         with suppress(OSError, ValueError):
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[1]) == os.getpid():
+            if int(fields[1]) == os.getpid() and int(folder.name) != pythons_own:
                 found.append(int(folder.name))
     return found
 

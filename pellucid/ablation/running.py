@@ -58,8 +58,8 @@ def ablate(
     With a `path` each run is on the disk as soon as it is finished, and the same call goes on from
     there: it makes what is missing, also for more seeds or another grid, and tries again what
     failed. A folder that holds results of another function, of another version of its code, or of
-    other switches is refused; what `build` calls is not compared. `Ablation.load(path)` reads the
-    folder, also meanwhile.
+    other switches is refused; what `build` calls and the globals it reads are not compared.
+    `Ablation.load(path)` reads the folder, also meanwhile.
 
     Args:
         build: `build(seed, **switches)` trains once and returns a number, a dict of numbers, a
@@ -136,11 +136,17 @@ def _pairs(switches: Iterable[str] | Mapping[str, tuple[Any, Any]]) -> Switches:
     if not switches:
         raise SetupError("There is no switch to study.")
     for name, pair in switches.items():
+        if not isinstance(name, str):
+            raise SetupError("A switch is named as build's argument is.", saw=repr(name))
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             what = f"The switch {name!r} has no two values."
             raise SetupError(what, saw=repr(pair), do="give (off, on).")
         if in_words(pair[0]) == in_words(pair[1]):
-            raise SetupError(f"The switch {name!r} is the same off and on.", saw=repr(pair))
+            raise SetupError(
+                f"The switch {name!r} is the same off and on.",
+                saw=repr(pair),
+                do="give values that print differently: names, for one, that build looks up.",
+            )
     return {name: (pair[0], pair[1]) for name, pair in switches.items()}
 
 
@@ -162,7 +168,7 @@ def _check_build(build: Callable[..., Any], switches: Switches) -> None:
             raise UnknownName(
                 f"build has no argument {name!r} to switch.",
                 saw=f"build{signature}",
-                do=did_you_mean(name, named) if named else f"def build(seed, {name}):",
+                do=did_you_mean(name, named) if named else f"seed first: def build(seed, {name})",
             )
     try:
         signature.bind(0, **switches)

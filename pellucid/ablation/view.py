@@ -46,7 +46,7 @@ def table(found: Ablation, metric: str | None = None, confidence: float = 0.95) 
         parts = [[["", "mean", "sd", "difference", "interval", "", "higher", ""], *lines]]
     head = f"{metric}, {size}; {compared}, {100 * confidence:.3g} % intervals"
     body = "\n\n".join(map(_columns, parts))
-    return "\n".join([head, body, *_remarks(effects, confidence), *_failures(found)])
+    return "\n".join([head, body, *_remarks(found, effects, confidence), *_failures(found)])
 
 
 def plot_ablation(found: Ablation, metric: str | None = None, confidence: float = 0.95) -> Figure:
@@ -59,7 +59,7 @@ def plot_ablation(found: Ablation, metric: str | None = None, confidence: float 
     drawing, [left, right] = figure(2, 5.2, 1.3 + 0.32 * max(len(rows), len(effects) + 1))
     _draw_values(left, rows)
     seeds = _plural(len(found.study.seeds), "seed")
-    left.set(xlabel=metric.replace("_", " "), title=f"each of {seeds}, and the mean")
+    left.set(xlabel=metric.replace("_", " "), title=f"values of {seeds}, mean")
     full = found.study.grid == "full"
     what = "on minus off" if full else f'minus "{rows[0].name}"'
     if full:
@@ -70,7 +70,7 @@ def plot_ablation(found: Ablation, metric: str | None = None, confidence: float 
     _draw_effects(right, effects, 0 if full else 1)  # the reference is in line 0
     right.set(
         xlabel=f"{what} (blue: the interval leaves out 0)",
-        title=f"difference by seed, its mean and {100 * confidence:.3g} % interval",
+        title=f"differences by seed, mean, {100 * confidence:.3g} % interval",
     )
     return drawing
 
@@ -121,9 +121,10 @@ class _Format:
         self._decimals = max(1 - math.floor(math.log10(median(real))), 0) if real else -1
 
     def __call__(self, number: float, sign: str = "") -> str:
-        if not 0 <= self._decimals <= 8:
-            return f"{number:{sign}.4g}"
-        return "-" if math.isnan(number) else f"{number:{sign}.{self._decimals}f}"
+        if math.isnan(number):
+            return "-"
+        fixed = 0 <= self._decimals <= 8
+        return f"{number:{sign}.{self._decimals}f}" if fixed else f"{number:{sign}.4g}"
 
 
 def _format_of(rows: Sequence[Row], effects: Sequence[Effect]) -> _Format:
@@ -140,9 +141,10 @@ def _columns(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cells).rstrip() for cells in zip(*aligned, strict=True))
 
 
-def _remarks(effects: Sequence[Effect], confidence: float) -> list[str]:
+def _remarks(found: Ablation, effects: Sequence[Effect], confidence: float) -> list[str]:
     if all(effect.n < 2 for effect in effects):
-        return ["one seed tells nothing of the spread: no intervals"]
+        few = "one seed tells" if len(found.study.seeds) == 1 else "less than two differences tell"
+        return [f"{few} nothing of the spread: no intervals"]
     if not any(effect.clear for effect in effects):
         return []
     return [f"* leaves out 0; by chance alone, 1 interval in {1 / (1 - confidence):.3g} does"]

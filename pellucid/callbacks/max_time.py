@@ -4,6 +4,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from time import perf_counter
 
+from ..distributed import as_the_first_says, is_first
 from ..errors import SetupError
 from ..events import Callback, CancelEpoch, CancelFit
 from ..learner import Learner
@@ -42,7 +43,7 @@ class MaxTime(Callback):
 
     def after_batch(self, learn: Learner) -> None:
         """Leave the training pass when the time is over."""
-        if learn.training and perf_counter() - self._began >= self.seconds:
+        if learn.training and as_the_first_says(perf_counter() - self._began) >= self.seconds:
             self.reached = learn.epoch, learn.batch_index
             raise CancelEpoch
 
@@ -51,9 +52,10 @@ class MaxTime(Callback):
         if self.reached is None:
             return
         epoch, batch = self.reached
-        print(
+        line = (
             f"MaxTime: {self.seconds:g} s were over in epoch {epoch} of {learn.n_epochs}, after "
-            f"batch {batch} (counted from 0)",
-            flush=True,
+            f"batch {batch} (counted from 0)"
         )
+        if is_first():
+            print(line, flush=True)
         raise CancelFit

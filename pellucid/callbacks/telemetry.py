@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .. import foundations
 from ..errors import SetupError, UnknownName, did_you_mean
 from ..events import Callback, Cancel
 from ..hooks import find, leaves
 from ..layers import LayerRecord
-from ..meters import Meters
+from ..meters import Meters, sample
 
 if TYPE_CHECKING:
     from ..learner import Learner
@@ -25,16 +26,22 @@ if TYPE_CHECKING:
 _WINDOW = 16
 """Recorded batches between two copies to the host, and in which a dead unit has to be dead."""
 
-_SLOWEST = 200
-"""Batches between two recordings, at most, when the time budget chooses."""
+_LEAST, _SLOWEST = 3, 198
+"""Batches from one recording to the next when the time budget chooses, at least and at most. Some
+are never recorded, so that what a batch costs by itself stays known."""
 
-_ENOUGH = 6
-"""Batches that were not recorded, from which on their cost is taken as known."""
+_ENOUGH = 3
+"""Recorded batches after one that was not, from which on their cost is taken as known."""
 
 _N_WEIGHTS = 4096
-"""Entries of each parameter, spread evenly, whose update is measured."""
+"""Entries of each parameter whose update is measured, about; see `meters.sample`."""
 
-_PASS_ON = (nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd)
+_HALVES = (torch.float16, torch.bfloat16)
+
+_PASS_ON = (
+    *(nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd),
+    foundations.Flatten,
+)
 
 
 class Telemetry(Callback):
@@ -45,6 +52,10 @@ class Telemetry(Callback):
     `layers.LayerRecord`. Only training batches are recorded. Weights are bit for bit what they are
     without. Everything is summed up on the device and read a window of 16 recordings later, without
     waiting for it; how things are measured is in `meters`.
+
+    Fits that watch the same modules and train the same parameters go on in one record; others begin
+    a new one. Modules and parameters are those of the fit's beginning: what comes later, a layer
+    that is put in another's place or unfrozen, is not seen.
 
     Works with `torch.compile` if the compiled model has not been called before the fit.
 
@@ -72,7 +83,7 @@ class Telemetry(Callback):
     ):
         if every != "auto" and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
             raise SetupError('every must be "auto" or 1 or more.', saw=repr(every))
-        if not 0 < budget <= 1:
+        if not isinstance(budget, int | float) or not 0 < budget <= 1:
             raise SetupError("budget must lie between 0 and 1.", saw=repr(budget))
         if isinstance(modules, str) or not isinstance(modules, Iterable | None):
             raise SetupError("modules takes several.", saw=repr(modules), do="modules=[...]")
@@ -153,9 +164,14 @@ def _named(model: nn.Module, wanted: Iterable[str | nn.Module]) -> dict[str, nn.
     for thing in wanted:
         name = thing if isinstance(thing, str) else names.get(id(thing))
         if name is None:
-            raise SetupError("Telemetry watches modules of the model.", saw=repr(thing))
+            raise SetupError(
+                "Telemetry watches modules of the model.",
+                saw=repr(thing),
+                do="give names, or what hooks.find(model, condition).values() finds.",
+            )
         if name not in known:
-            raise UnknownName(f"The model has no module {name!r}.", do=did_you_mean(name, known))
+            others = filter(None, known)  # the model's own name is empty
+            raise UnknownName(f"The model has no module {name!r}.", do=did_you_mean(name, others))
         picked[name] = known[name]
     return picked
 
@@ -166,9 +182,8 @@ class _Pace:
     def __init__(self, every: int | str, budget: float):
         self.every = every if isinstance(every, int) else 1
         self._chooses, self._budget = every == "auto", budget
-        self._seconds: dict[bool, deque[float]] = {
-            recorded: deque(maxlen=_WINDOW) for recorded in (False, True)
-        }
+        self._extra: deque[float] = deque(maxlen=_WINDOW)  # shares of the time of a batch
+        self._before: float | None = None  # seconds of the batch before, if it was not recorded
         self._n = self._n_recorded = 0
         self._began = 0.0
 
@@ -179,25 +194,22 @@ class _Pace:
 
     def end(self, recorded: bool) -> None:
         """Take note of a batch that is over."""
-        self._seconds[recorded].append(perf_counter() - self._began)
+        seconds = perf_counter() - self._began
         self._n += 1
         self._n_recorded += recorded
+        if recorded and self._before:  # neighbours, as the machine may be busier at other times
+            self._extra.append(seconds / self._before - 1)
+        self._before = None if recorded else seconds
         if self._chooses and recorded and self._n_recorded >= _WINDOW:
             self._choose()
 
     def _choose(self) -> None:
-        if len(self._seconds[False]) < _ENOUGH:
-            self.every = 3  # until it is known what a batch costs that is not recorded
-        else:
-            plain = _usual(self._seconds[False])
-            extra = _usual(self._seconds[True]) - plain
-            self.every = min(max(math.ceil(extra / (self._budget * plain)), 1), _SLOWEST)
+        self.every = _LEAST
+        if len(self._extra) >= _ENOUGH:
+            chosen = math.ceil(statistics.median_low(self._extra) / self._budget)
+            # odd: where steps are taken each second or fourth batch, those with a step are met too
+            self.every = min(max(chosen, _LEAST), _SLOWEST) | 1
         self._n = 1  # the batch just recorded is the first of the new count
-
-
-def _usual(seconds: Iterable[float]) -> float:
-    """Return the lower quartile: what else runs on the machine only ever adds."""
-    return statistics.quantiles(seconds, n=4, method="inclusive")[0]
 
 
 class _Run:
@@ -226,14 +238,14 @@ class _Run:
         """Keep some of each parameter, and take the norms of all and of the gradients."""
         self._meters.recording = False  # the model may be called for a look now
         with torch.no_grad():
-            self._weights = [_spread(param).clone() for param in self._params]
+            self._weights = [sample(param, _N_WEIGHTS).clone() for param in self._params]
             self._window.updates[:, 0] = _norms(self._params)
             self._window.updates[:, 1] = _norms([_gradient(param) for param in self._params])
 
     def measure_updates(self) -> None:
         """Compare with the parameters as they are now."""
         with torch.no_grad():
-            now = [_spread(param) for param in self._params]
+            now = [sample(param, _N_WEIGHTS) for param in self._params]
             changes = torch._foreach_sub(now, self._weights)
             size = _norms(self._weights)
             self._window.updates[:, 2] = torch.where(size > 0, _norms(changes) / size, math.nan)
@@ -270,7 +282,8 @@ class _Run:
                 saw=f"{len(self._meters.names)} modules with hooks, in a whole batch no call",
                 do="call torch.compiler.reset() before the fit: code compiled earlier, for this "
                 "model or another of its kind, knows no hooks. If nothing is compiled, choose "
-                "modules that the forward pass calls.",
+                "modules that the forward pass calls and that give real floats, as a tensor or as "
+                "tensors in tuples, lists and dicts.",
             )
 
 
@@ -330,12 +343,6 @@ class _Window:
         self._sent = []
 
 
-def _spread(param: Tensor) -> Tensor:
-    """Return at most 2 · 4096 entries, spread over the whole parameter, flat."""
-    flat = param.detach().flatten()
-    return flat[:: max(1, len(flat) // _N_WEIGHTS) | 1] if len(flat) > _N_WEIGHTS else flat
-
-
 def _gradient(param: Tensor) -> Tensor:
     """Return the values of a parameter's gradient, NaN if it has none."""
     gradient = param.grad
@@ -345,4 +352,8 @@ def _gradient(param: Tensor) -> Tensor:
 
 
 def _norms(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors))])
+    tensors = list(tensors)
+    # half precision cannot hold the norm of many values; wider numbers refuse to be narrowed
+    narrow = all(tensor.dtype in (torch.float32, *_HALVES) for tensor in tensors)
+    norms = torch._foreach_norm(tensors, 2, torch.float32 if narrow else None)
+    return torch.stack([norm.float() for norm in norms])

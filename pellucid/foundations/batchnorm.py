@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..tree import describe
 from .module import Module
-from .norms import moments, per_channel, standardised
+from .norms import check_channels, moments, per_channel, standardised
 from .parameter import Parameter
 
 
@@ -58,6 +58,7 @@ class BatchNorm(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x, normalised, scaled and shifted; in training, note the batch's moments."""
+        check_channels(x, len(self.weight))
         if self.training:
             mean, variance = moments(x, (0, *range(2, x.ndim)))
             self._remember(mean, variance, x)
@@ -75,8 +76,9 @@ class BatchNorm(Module):
                 saw=describe(x),
                 do="use drop_last=True or another batch size.",
             )
-        self.running_mean.lerp_(mean.flatten(), self.momentum)
-        self.running_var.lerp_(variance.flatten() * (n / (n - 1)), self.momentum)
+        unbiased = variance * (n / (n - 1))
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.copy_(running.to(new.dtype).lerp(new.flatten(), self.momentum))
         self.num_batches_tracked += 1
 
     def settings(self) -> str:

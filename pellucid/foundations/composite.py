@@ -10,6 +10,7 @@ layer appended to a list is found.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -48,15 +49,17 @@ def _within(name: str, value: Any, kind: type[T]) -> Iterator[tuple[str, T]]:
 
 
 def _check_not_lost(name: str, value: Any) -> None:
-    """Refuse what wants to be trained but is of another kind, torch's own for instance."""
-    foreign = not isinstance(value, Composite | type) and hasattr(value, "named_parameters")
-    bare = isinstance(value, Tensor) and value.is_leaf and value.requires_grad
-    if foreign or (bare and not isinstance(value, Parameter)):
-        raise SetupError(
-            f"The attribute {name} holds what nobody would train.",
-            saw=f"{type(value).__module__}.{type(value).__name__}",
-            do="use the Parameter and the Modules of pellucid.foundations, and no others beside.",
-        )
+    """Refuse what wants to be trained but is of another kind, or where nobody looks."""
+    hidden = value if isinstance(value, (set, frozenset, deque)) else ()
+    for item in (value, *hidden):
+        bare = isinstance(item, Tensor) and item.is_leaf and item.requires_grad
+        found = item is value and isinstance(item, Parameter | Composite)
+        if (bare or hasattr(item, "named_parameters")) and not (found or isinstance(item, type)):
+            raise SetupError(
+                f"The attribute {name} holds what nobody would train.",
+                saw=f"{type(item).__module__}.{type(item).__name__}",
+                do="use Parameters and Modules of foundations, alone or in lists, tuples or dicts.",
+            )
 
 
 def once(pairs: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:

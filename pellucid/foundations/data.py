@@ -97,7 +97,8 @@ def collate(items: Sequence[Any]) -> Any:
             [1., 1.]]), tensor([1, 0]))
 
     Args:
-        items: tensors of one shape, numbers, or tuples, lists or dicts of these.
+        items: tensors of one shape, numbers, or tuples, lists or dicts of these. A Python float
+            becomes what models compute in, torch's default dtype (its own loader makes float64).
     """
     if isinstance(items[0], dict):
         return {key: collate([item[key] for item in items]) for key in items[0]}

@@ -9,6 +9,8 @@ log p = x − log Σ exp x, and the sum is tamed by `logsumexp`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -81,14 +83,37 @@ def binary_nll(probabilities: Tensor, targets: Tensor) -> Tensor:
     """Return the mean of −y log p − (1 − y) log(1 − p): yes-or-no questions, each for itself.
 
     Logarithms end at −100, as torch's do: a model that was sure and wrong is not punished with ∞.
+    There the chain rule would make NaN of the gradient, 0 / 0, so this one is written out.
 
     Args:
         probabilities: in [0, 1], any shape.
         targets: y, of that shape, floats in [0, 1].
     """
     _check_same_shape(probabilities, targets)
-    yes, no = probabilities.log().clamp(min=-100), (1 - probabilities).log().clamp(min=-100)
-    return -(targets * yes + (1 - targets) * no).mean()
+    return _BinaryNLL.apply(probabilities, targets).mean()
+
+
+class _BinaryNLL(torch.autograd.Function):
+    """`binary_nll` of each item, its gradient (p − y) / (p (1 − p)) divided by 1e-12 at least.
+
+    What is written as a Function autograd does not look into: it calls `backward`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(p, y)
+        return -(y * _bounded_log(p) + (1 - y) * _bounded_log(1 - p))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        [grad], (p, y) = grads, ctx.saved_tensors
+        slope = (p - y) / (p * (1 - p)).clamp(min=1e-12)
+        return grad * slope, grad * (_bounded_log(1 - p) - _bounded_log(p))
+
+
+def _bounded_log(p: Tensor) -> Tensor:
+    """Return log p, or −100 where it is less."""
+    return p.log().clamp(min=-100)
 
 
 def binary_cross_entropy_with_logits(logits: Tensor, targets: Tensor) -> Tensor:

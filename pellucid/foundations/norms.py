@@ -38,23 +38,32 @@ def moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     It is the population variance, Σ(x − mean)² / n. Dividing by n − 1 estimates the variance of a
     larger population from a sample; but the values that are normalised are all there are, and only
     so is their variance 1 afterwards. (Of a single value, n − 1 would make 0 / 0.)
+
+    Both come in float32 at least: in float16 the square of 256 is infinite.
     """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     mean = x.mean(dims, keepdim=True)
     return mean, (x - mean).square().mean(dims, keepdim=True)
 
 
 def standardised(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
-    """Return (x − mean) / √(variance + eps).
+    """Return (x − mean) / √(variance + eps), in the dtype of x.
 
     `eps` keeps the division finite where all values are equal; a larger one also tames the guesses
     of very small batches.
     """
-    return (x - mean) / (variance + eps).sqrt()
+    return ((x - mean) / (variance + eps).sqrt()).to(x.dtype)
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
     """Shape values (c) so that they meet the channels, the second dimension of x (n, c, ...)."""
     return values.view(-1, *[1] * (x.ndim - 2))
+
+
+def check_channels(x: Tensor, n_channels: int) -> None:
+    """Refuse other channels than a norm was made for; torch would stretch one weight over all."""
+    if x.ndim < 2 or x.shape[1] != n_channels:
+        raise DataError(f"This norm takes (n, {n_channels}, ...).", saw=describe(x))
 
 
 class LayerNorm(Module):
@@ -68,8 +77,7 @@ class LayerNorm(Module):
     """
 
     def __init__(self, shape: int | Sequence[int], eps: float = 1e-5):
-        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        self.eps = eps
+        self.shape, self.eps = (shape,) if isinstance(shape, int) else tuple(shape), eps
         self.weight = Parameter(torch.ones(self.shape))
         self.bias = Parameter(torch.zeros(self.shape))
 
@@ -101,7 +109,8 @@ class GroupNorm(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x, normalised, scaled and shifted."""
-        groups = x.reshape(x.shape[0], self.n_groups, -1)
+        check_channels(x, len(self.weight))
+        groups = x.unflatten(1, (self.n_groups, -1)).flatten(2)
         y = standardised(groups, *moments(groups, (2,)), self.eps).view(x.shape)
         return y * per_channel(self.weight, x) + per_channel(self.bias, x)
 
@@ -122,12 +131,13 @@ class InstanceNorm(Module):
     """
 
     def __init__(self, n_channels: int, eps: float = 1e-5, affine: bool = False):
-        self.eps = eps
+        self.n_channels, self.eps = n_channels, eps
         self.weight = Parameter(torch.ones(n_channels)) if affine else None
         self.bias = Parameter(torch.zeros(n_channels)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x, normalised, and scaled and shifted if that is learned."""
+        check_channels(x, self.n_channels)
         if math.prod(x.shape[2:]) < 2:
             raise DataError(
                 "InstanceNorm needs maps of more than one place; of one, only 0 would be left.",

@@ -67,9 +67,9 @@ def moving_average(state: dict[str, Any], name: str, value: Tensor, beta: float,
         beta: weight of the old average; 1 / (1 − beta) is about how many values count.
         n: see `value`.
     """
-    average = state.setdefault(name, torch.zeros_like(value))
-    average.lerp_(value, 1 - beta)
-    return average / (1 - beta**n)
+    if name not in state:
+        state[name] = torch.zeros_like(value)
+    return state[name].lerp_(value, 1 - beta) / (1 - beta**n)
 
 
 def divide_by_spread(

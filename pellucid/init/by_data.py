@@ -69,8 +69,8 @@ def lsuv(model: nn.Module, x: Any, tol: float = 1e-3, max_passes: int = 20) -> L
 
     Args:
         model: any, on the device of `x`.
-        x: a batch of inputs as training gives them; a tuple is passed on as arguments, a dict as
-            keywords.
+        x: a batch of inputs as training gives them, `data.one_batch()[0]`; a tuple is passed on as
+            arguments, a dict as keywords.
         tol: how far from 1 an sd may be, and from 0 the mean of a layer that has a bias.
         max_passes: that set layers, at most.
 

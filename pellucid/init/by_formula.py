@@ -13,6 +13,9 @@ from ..hooks import find
 WeightLayer = nn.Linear | nn.modules.conv._ConvNd
 """The layers meant in this package; the second is what all convolutions of torch's are."""
 
+_OF_ATTENTION = nn.modules.linear.NonDynamicallyQuantizableLinear
+"""What holds the last weights of torch's attention, which never calls it."""
+
 
 def init_kaiming(model: nn.Module, a: float = 0.0, uniform: bool = False, fan: str = "in") -> None:
     """Draw weights so that (leaky) ReLU layers keep the signal's size (He et al., 2015).
@@ -96,11 +99,13 @@ def weight_layers(model: nn.Module) -> dict[str, WeightLayer]:
     Raises:
         SetupError: there are none, or the weight of one cannot be set.
     """
-    found = find(model, lambda module: isinstance(module, WeightLayer))
+    found = find(model, lambda module: not isinstance(module, _OF_ATTENTION))
     layers = {name: layer for name, layer in found.items() if isinstance(layer, WeightLayer)}
     if not layers:
         raise SetupError(
-            "There is no Linear and no convolution to initialise.", saw=type(model).__name__
+            "There is no Linear and no convolution to initialise.",
+            saw=f"{type(model).__module__}.{type(model).__name__}",
+            do="give a model with layers of torch.nn; all others set their weights themselves.",
         )
     for name, layer in layers.items():
         weight = layer._parameters.get("weight")

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import tree
+from ..errors import three_parts
 from .by_formula import WeightLayer
 
 _ROUNDING = 1e-6
@@ -97,9 +99,14 @@ def _pooled(calls: list[tuple[int, Output]]) -> Output:
 def call(model: nn.Module, x: Any) -> Any:
     """Call a model: a tuple of inputs as arguments, a dict as keywords."""
     model = getattr(model, "_orig_mod", model)  # a compiled model may pass hooks over
-    if isinstance(x, tuple):
-        return model(*x)
-    return model(**x) if isinstance(x, dict) else model(x)
+    try:
+        if isinstance(x, tuple):
+            return model(*x)
+        return model(**x) if isinstance(x, dict) else model(x)
+    except Exception as error:
+        do = "DataLoaders.one_batch() gives inputs, as the model gets them, and targets."
+        error.add_note(three_parts("when the model was called", tree.describe(x), do))
+        raise
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import tree
+from ..errors import SetupError
 from ..snapshot import preserved
 from .by_formula import WeightLayer, shown, weight_layers
 from .outputs import Outputs, aligned, call
@@ -61,9 +62,9 @@ class InitStudy:
         )
 
     def __repr__(self) -> str:
-        first, last = self.layers[0], self.layers[-1]
-        sds = f"output sd {first.sd:.3g} to {last.sd:.3g}"
-        return f"InitStudy({len(self.layers)} layers; {sds})"
+        sds = [f"{layer.sd:.3g}" for layer in self.layers]
+        through = f"output sd {sds[0]} to {sds[-1]}" if sds else "none reached"
+        return f"InitStudy({len(sds)} layers; {through})"
 
     def plot(
         self, label: str = "this model", beside: Mapping[str, InitStudy] | None = None
@@ -73,9 +74,18 @@ class InitStudy:
         Args:
             label: what this study is called in the legend.
             beside: further studies by label, of models with as many layers.
+
+        Raises:
+            SetupError: one of them has more layers, or fewer.
         """
         from ..plots import plot_init_study
 
+        for other, study in (beside or {}).items():
+            if len(study.layers) != len(self.layers):
+                raise SetupError(
+                    "Studies side by side must have the same number of layers.",
+                    saw=f"{len(self.layers)} in {label!r}, {len(study.layers)} in {other!r}",
+                )
         studies = {label: self, **(beside or {})}
         names = [shown(layer.name) for layer in self.layers]
         return plot_init_study(names, {label: study.columns() for label, study in studies.items()})
@@ -107,9 +117,15 @@ def study_init(
         n_inputs: how many parts of the batch are inputs.
 
     Raises:
-        SetupError: the model has no such layers.
+        SetupError: the model has no such layers, or `batch` is none.
     """
     layers = weight_layers(model)
+    if not isinstance(batch, Tensor | tuple | list | dict):
+        raise SetupError(
+            "study_init takes one batch.",
+            saw=tree.describe(batch),
+            do="study_init(model, data.one_batch()), data being DataLoaders.",
+        )
     x, y = tree.split(batch, n_inputs)
     with preserved(model), torch.enable_grad():
         model.train()

@@ -99,7 +99,7 @@ def xresnet18(
     norm: Norm | None = nn.BatchNorm2d,
     act: Act = nn.ReLU,
 ) -> nn.Sequential:
-    """Return `xresnet` with 2, 2, 2, 2 blocks of two 3×3: 11.7 million parameters."""
+    """Return `xresnet` with 2, 2, 2, 2 blocks of two 3×3: 11.7 M parameters for ImageNet."""
     return xresnet(n_channels, n_classes, (2, 2, 2, 2), 1, widths, norm, act)
 
 
@@ -110,7 +110,7 @@ def xresnet34(
     norm: Norm | None = nn.BatchNorm2d,
     act: Act = nn.ReLU,
 ) -> nn.Sequential:
-    """Return `xresnet` with 3, 4, 6, 3 blocks of two 3×3: 21.8 million parameters."""
+    """Return `xresnet` with 3, 4, 6, 3 blocks of two 3×3: 21.8 M parameters for ImageNet."""
     return xresnet(n_channels, n_classes, (3, 4, 6, 3), 1, widths, norm, act)
 
 
@@ -121,7 +121,7 @@ def xresnet50(
     norm: Norm | None = nn.BatchNorm2d,
     act: Act = nn.ReLU,
 ) -> nn.Sequential:
-    """Return `xresnet` with 3, 4, 6, 3 blocks of 1×1, 3×3, 1×1: 25.6 million parameters."""
+    """Return `xresnet` with 3, 4, 6, 3 blocks of 1×1, 3×3, 1×1: 25.6 M parameters for ImageNet."""
     return xresnet(n_channels, n_classes, (3, 4, 6, 3), 4, widths, norm, act)
 
 
