@@ -1,8 +1,9 @@
 r"""What does seeing inside the model cost?
 
-Every contender is a process of its own and trains in an ordinary fit, but its data come from
+Every contender is a thread of one process and trains in an ordinary fit, but its data come from
 `Turns`: it gets a batch only when its turn has come, so that all go through the same batch one
-after the other, and what else the machine does falls on all of them. Costs are CPU time of single
+after the other, and what else the machine does falls on all of them. (As processes of their own
+they were up to 8 % apart for nothing but where their memory lay.) Costs are CPU time of single
 batches, one torch thread; a ratio is of two batches of the same round: with against without.
 
 fastai is optional, see `overhead.py` for an environment that has it. miniai, the library of the
@@ -15,7 +16,6 @@ its statistics do, in a bare loop.
 """
 
 import hashlib
-import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +25,10 @@ from functools import partial
 from importlib.util import find_spec
 from io import StringIO
 from itertools import pairwise
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from time import process_time
+from threading import Thread
+from time import thread_time
 from typing import Any
 
 import torch
@@ -83,9 +85,9 @@ class Turns:
     def __iter__(self) -> Iterator[Batch]:
         for i in range(self._n):
             self._pipe.recv()
-            start = process_time()
+            start = thread_time()
             yield self._batches[i % len(self._batches)]
-            self._pipe.send(process_time() - start)
+            self._pipe.send(thread_time() - start)
 
 
 Run = Callable[[nn.Module, Turns], Any]
@@ -173,14 +175,14 @@ def reference(name: str) -> str:
 
 
 def contend(task_name: str, name: str, n: int, pipe: Connection) -> None:
-    """Train as one contender, in a process of its own."""
-    torch.set_num_threads(1)
+    """Train as one contender, in a thread of its own."""
+    torch.set_num_threads(1)  # this thread's too
     task = TASKS[task_name]
     torch.manual_seed(0)
     model = task.make_model()
     batches = Turns(task.shape, n, pipe)
-    with redirect_stdout(StringIO()):
-        recorded = EVERYONE[name](model, batches)
+    pipe.send("ready")  # before the next one draws its weights
+    recorded = EVERYONE[name](model, batches)
     digest = hashlib.sha256()
     for values in model.state_dict().values():
         digest.update(values.numpy().tobytes())
@@ -198,12 +200,11 @@ class Outcome:
 
 def in_rounds(task_name: str, n_batches: Mapping[str, int]) -> dict[str, Outcome]:
     """Let all contenders train one batch after the other, forwards and backwards in turns."""
-    context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     for name, n in n_batches.items():
-        pipes[name], theirs = context.Pipe()
-        context.Process(target=contend, args=(task_name, name, n, theirs), daemon=True).start()
-        theirs.close()
+        pipes[name], theirs = Pipe()
+        Thread(target=contend, args=(task_name, name, n, theirs), daemon=True).start()
+        pipes[name].recv()
     outcomes = {name: Outcome([]) for name in n_batches}
     for round_number in range(max(n_batches.values())):
         running = [name for name, n in n_batches.items() if round_number < n]
@@ -275,7 +276,8 @@ def main(quick: bool) -> None:
     for task_name, task in TASKS.items():
         n_batches = dict.fromkeys(OURS, 80 if quick else task.n_ours)
         n_batches |= dict.fromkeys(peers, 10 if quick else task.n_peers)
-        outcomes = in_rounds(task_name, n_batches)
+        with redirect_stdout(StringIO()):  # fastai has no other way to be silent
+            outcomes = in_rounds(task_name, n_batches)
         n_leaves = len(leaves(task.make_model()))
         heads = ["contender", "batches", "ms a batch", "more, ms", "ratio"]
         same = len({outcomes[name].digest for name in OURS}) == 1
