@@ -278,6 +278,19 @@ def test_skipping_where_nothing_is_wrong_changes_nothing():
     assert skipping.record.epochs[-1]["train/skipped"] == 0
 
 
+@pytest.mark.parametrize("action", ["stop", "skip"])
+@pytest.mark.parametrize("opt_func", [SGD, AdamW])
+def test_double_precision_by_default_goes_too(action, opt_func):
+    torch.set_default_dtype(torch.float64)
+    try:
+        learn = learner(NonFinite(action), opt_func=opt_func)
+        learn.fit(1)
+        assert learn.model[0].weight.dtype == torch.float64
+        assert math.isfinite(learn.record.epochs[-1]["train/loss"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_another_word_is_refused():
     with pytest.raises(SetupError, match='"stop", "skip" or "log"'):
         NonFinite("raise")

@@ -59,7 +59,8 @@ class NonFinite(Callback):
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:
         """Let the optimiser ask before it steps, for the time of the fit."""
-        self._sum, self._bad = torch.zeros(2, device=learn.device).unbind()
+        numbers = torch.zeros(2, dtype=torch.float32, device=learn.device)  # as the optimisers ask
+        self._sum, self._bad = numbers.unbind()
         try:
             with guard(learn.opt, self._bad if self.action != "log" else None):
                 yield
