@@ -33,6 +33,19 @@ def bind(callbacks: Iterable[Callback]) -> tuple[Handlers, Spans]:
     return handlers, spans
 
 
+def with_defaults(callbacks: Iterable[Callback]) -> list[Callback]:
+    """Return the callbacks of a fit, with the table and the guard if none of them is one."""
+    from .callbacks.non_finite import NonFinite
+    from .callbacks.progress import Progress
+
+    callbacks = in_order(callbacks)
+    if not any(callback.shows_progress for callback in callbacks):
+        callbacks.append(Progress())
+    if not any(isinstance(callback, NonFinite) for callback in callbacks):
+        callbacks.append(NonFinite())
+    return in_order(callbacks)
+
+
 class Around:
     """One stretch of a fit, wrapped by everyone's part of a span.
 
@@ -81,3 +94,12 @@ class Around:
 def _no_span(saw: str) -> CallbackError:
     what = "A callback's around_... method is no span."
     return CallbackError(what, saw=saw, do="a span holds one yield, usually inside a with.")
+
+
+def answered(callback: Callback, moment: str, answer: object) -> CallbackError:
+    """Return the error for a handler that returned something."""
+    return CallbackError(
+        f"{type(callback).__name__}.{moment} returned something, which has no effect.",
+        saw=repr(answer),
+        do="return nothing; assign attributes of `learn`, or raise a Cancel exception.",
+    )

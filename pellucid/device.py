@@ -1,5 +1,6 @@
 """Where a run happens: the choice of the device, with its reason, and one switch for the seeds."""
 
+import os
 import random
 
 import numpy as np
@@ -32,6 +33,8 @@ def choose_device(device: str | torch.device = "auto") -> tuple[torch.device, st
             ) from None
         return torch.device(device), "as asked"
     if torch.cuda.is_available():
+        if "LOCAL_RANK" in os.environ:  # under torchrun each process has a GPU of its own
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         return torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
     if torch.backends.mps.is_available():
         return torch.device("mps"), "Apple's GPU"
@@ -52,3 +55,24 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def choose_precision(device: torch.device) -> tuple[str, str]:
+    """Return "bf16" where a device computes in it faster than in float32, else "fp32", and why."""
+    if device.type == "cuda":
+        name, (major, minor) = (
+            torch.cuda.get_device_name(device),
+            torch.cuda.get_device_capability(device),
+        )
+        if major >= 8:
+            return "bf16", f"{name} has tensor cores for it"
+        return "fp32", f"{name}, compute capability {major}.{minor}, has no bf16; fp16 is faster"
+    if device.type == "cpu":
+        for feature, supported in (
+            ("AMX", torch.cpu._is_amx_tile_supported),
+            ("AVX-512 BF16", torch.cpu._is_avx512_bf16_supported),
+        ):
+            if supported():
+                return "bf16", f"this CPU has {feature}"
+        return "fp32", "this CPU has neither AMX nor AVX-512 BF16"
+    return "fp32", f"nothing is known of bf16 on {device.type}"

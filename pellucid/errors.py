@@ -56,7 +56,13 @@ class DataNotFound(DataError, FileNotFoundError):
 
 
 class NonFiniteLoss(PellucidError, ArithmeticError):
-    """The training loss became NaN or infinite."""
+    """The training loss became NaN or infinite.
+
+    Attributes:
+        batch: in which batch of the pass, counted from 0.
+    """
+
+    batch: float = 0
 
 
 def three_parts(what: str, saw: str = "", do: str = "") -> str:

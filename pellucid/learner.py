@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, AdamW, Optimizer
 
 from . import foundations, tree, weights
-from .binding import Around, bind
+from .binding import Around, answered, bind, with_defaults
 from .data import DataLoaders, check_length, length
 from .device import choose_device
-from .errors import CallbackError, SetupError
+from .errors import SetupError
 from .events import Callback, CancelBatch, CancelEpoch, CancelFit, CancelStep, in_order
 from .looks import predict, untouched, validate
 from .losses import ready_loss
@@ -60,8 +60,11 @@ class Learner:
         record: what happened in all fits so far.
         epoch, n_epochs, batch_index, n_batches: where in this fit, counted from 0; n_batches is
             None if the loader does not say.
-        step: optimiser steps taken, over all fits.
-        progress: training batches finished over all of this fit's, 0 in the first batch.
+        step, n_batches_seen, n_items_seen: optimiser steps taken, and training batches and items
+            that went into the record, over all fits.
+        batches_per_step: 1, unless `callbacks.Accumulate` is at work.
+        progress: training batches finished over all of this fit's, 0 in the first batch; in steps
+            of `batches_per_step`.
         training: whether this is a training pass.
         x, y, preds, loss: the batch, the model's output and the loss, on the device; None between
             batches. A callback may assign them, the loop uses what it finds.
@@ -74,6 +77,7 @@ class Learner:
     y: Any
     preds: Any
     loss: Any
+    batches_per_step: int
 
     def __init__(
         self,
@@ -99,7 +103,8 @@ class Learner:
         self.metrics, self.callbacks = named(metrics), in_order(callbacks)
         self.record, self.recorded = Record(), ["lr"]
         self.tally = Tally({})
-        self.epoch = self.n_epochs = self.batch_index = self.step = 0
+        self.epoch = self.n_epochs = self.batch_index = 0
+        self.step = self.n_batches_seen = self.n_items_seen = 0
         self.n_batches: int | None = None
         self.progress, self.training = 0.0, False
         self.handlers, self.spans = bind(())
@@ -172,6 +177,9 @@ class Learner:
                 else:
                     n_items = tree.n_items(self.x)
                     self.tally.add(self.loss, self.preds, self.y, n_items, self._row())
+                    if self.training:
+                        self.n_batches_seen += 1
+                        self.n_items_seen += n_items
                 self.fire("after_batch")
                 self.loss = self.preds = self.x = self.y = None
             check_length(self.batch_index + 1, self.n_batches, kind)
@@ -232,11 +240,7 @@ class Learner:
                 error.add_note(f"raised in {moment} of {callback!r}")
                 raise
             if answer is not None:
-                raise CallbackError(
-                    f"{type(callback).__name__}.{moment} returned something, which has no effect.",
-                    saw=repr(answer),
-                    do="return nothing; assign attributes of `learn`, or raise a Cancel exception.",
-                )
+                raise answered(callback, moment, answer)
 
     def around(self, span: str) -> AbstractContextManager[None]:
         """Return everyone's part of a span as one context manager."""
@@ -251,10 +255,13 @@ class Learner:
             raise SetupError("A fit of this learner is running already.")
         if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
             raise SetupError("epochs must be a whole number, 0 or more.", saw=repr(epochs))
-        handlers, spans = bind(self._with_progress(callbacks))  # first: it may refuse
+        handlers, spans = bind(
+            with_defaults([*self.callbacks, *in_order(callbacks)])
+        )  # first: may refuse
         self._prepare_optimizer(lr)
         self.epoch, self.n_epochs, self.batch_index, self.n_batches = 0, epochs, 0, None
         self.progress, self.tally, self.recorded = 0.0, Tally({}), ["lr"]
+        self.batches_per_step = 1
         self.handlers, self.spans = handlers, spans
         try:
             with located(self), self.around("around_fit"):
@@ -272,15 +279,6 @@ class Learner:
             self.model.eval()
             self.handlers, self.spans, self.training = *bind(()), False
             self.loss = self.preds = self.x = self.y = None
-
-    def _with_progress(self, callbacks: Iterable[Callback]) -> list[Callback]:
-        """Join the learner's callbacks, the fit's, and the table if none of them shows progress."""
-        joined = in_order([*self.callbacks, *in_order(callbacks)])
-        if any(callback.shows_progress for callback in joined):
-            return joined
-        from .callbacks.progress import Progress
-
-        return in_order([*joined, Progress()])
 
     def _prepare_optimizer(self, lr: float | None) -> None:
         self.model.to(self.device)
@@ -307,11 +305,12 @@ class Learner:
     def _take(self, batch: Any) -> None:
         """Bring a batch to the device."""
         if self.batch_index == self.n_batches:
-            check_length(
-                self.batch_index + 1, self.n_batches, "train" if self.training else "validate"
-            )
+            kind = "train" if self.training else "validate"
+            check_length(self.batch_index + 1, self.n_batches, kind)
         if self.training:
-            self.progress = self._progress(self.batch_index)
+            self.progress = self._progress(
+                self.batch_index - self.batch_index % self.batches_per_step
+            )
         x, y = tree.split(batch, self.data.n_inputs)
         self.x, self.y = tree.to_device(x, self.device), tree.to_device(y, self.device)
 
@@ -383,7 +382,7 @@ class Learner:
         """Print the timetable with each callback beside the moments and spans it acts in."""
         from .callbacks.trace import annotated_timetable
 
-        print(annotated_timetable(self._with_progress(callbacks)))
+        print(annotated_timetable(with_defaults([*self.callbacks, *in_order(callbacks)])))
 
     def save(self, path: str | Path) -> Path:
         """Write the model's weights, not the optimiser, as safetensors and return the path."""

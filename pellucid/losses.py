@@ -5,7 +5,9 @@ which these equal. `nll` takes log-probabilities as torch does; what takes proba
 its name.
 """
 
+import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,8 @@ __all__ = [
     "nll",
     "nll_of_probabilities",
     "ready_loss",
+    "smooth_labels",
+    "smoothed",
 ]
 
 
@@ -58,3 +62,51 @@ def ready_loss(loss_func: Callable[..., Tensor], device: torch.device) -> Callab
         name = loss_func.__name__
         raise SetupError("The loss is a class.", saw=name, do=f"make an instance: {name}().")
     return loss_func.to(device) if isinstance(loss_func, nn.Module) else loss_func
+
+
+def smooth_labels(targets: Tensor, n_classes: int, smoothing: float = 0.1) -> Tensor:
+    """Return targets as probabilities that leave something to every class (Szegedy et al., 2016).
+
+    smoothing / c for each of the c classes, and 1 - smoothing more for the right one.
+
+    >>> smooth_labels(torch.tensor([0, 2]), 4, smoothing=0.2)
+    tensor([[0.8500, 0.0500, 0.0500, 0.0500],
+            [0.0500, 0.0500, 0.8500, 0.0500]])
+
+    Args:
+        targets: (n), numbers of classes.
+        n_classes: c.
+        smoothing: 0 to 1.
+
+    Returns:
+        (n, c) float32, a target that `torch.nn.functional.cross_entropy` takes.
+    """
+    return F.one_hot(targets, n_classes) * (1 - smoothing) + smoothing / n_classes
+
+
+def smoothed(loss_func: Callable[..., Tensor], smoothing: float) -> Callable[..., Tensor]:
+    """Return a cross entropy that smooths its targets; `loss_func` itself stays as it is.
+
+    Its class weights and the rest of its settings are kept. (1 - s) · -log p of the right class
+    + s · the mean of -log p over all classes: the same as with `smooth_labels`.
+
+    Args:
+        loss_func: torch's `F.cross_entropy`, or an `nn.CrossEntropyLoss`.
+        smoothing: s, 0 to 1.
+
+    Raises:
+        SetupError: another loss, one that smooths already, or a smoothing out of range.
+    """
+    if not 0 <= smoothing <= 1:
+        raise SetupError("Labels are smoothed by a share from 0 to 1.", saw=f"{smoothing!r}")
+    if isinstance(loss_func, nn.CrossEntropyLoss) and not loss_func.label_smoothing:
+        soft = copy.copy(loss_func)
+        soft.label_smoothing = smoothing
+        return soft
+    if loss_func is F.cross_entropy:
+        return partial(F.cross_entropy, label_smoothing=smoothing)
+    raise SetupError(
+        "Labels can be smoothed where the loss is torch's cross entropy and does not do so itself.",
+        saw=repr(loss_func),
+        do="give such a loss, nn.CrossEntropyLoss(weight=...) for one with class weights.",
+    )

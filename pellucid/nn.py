@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import SetupError
+from .stochastic_depth import checked_rate, drop_items
 from .tree import describe
 
 _FEW, _LEAST_VARIANCE = 20, 0.01
@@ -315,16 +316,53 @@ class Residual(nn.Module):
         body: the residual branch.
         shortcut: brings x to the shape of what the body gives; None passes it on.
         act: follows the sum; None leaves it out.
+        drop: in training, the probability that an item goes without the branch; `drop_items`.
     """
 
     def __init__(
-        self, body: nn.Module, shortcut: nn.Module | None = None, act: nn.Module | None = None
+        self,
+        body: nn.Module,
+        shortcut: nn.Module | None = None,
+        act: nn.Module | None = None,
+        drop: float = 0.0,
     ):
         super().__init__()
         self.body = body
         self.shortcut = nn.Identity() if shortcut is None else shortcut
         self.act = nn.Identity() if act is None else act
+        self.drop = checked_rate(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the branch to its input."""
-        return self.act(self.body(x) + self.shortcut(x))
+        branch = self.body(x)
+        if self.training and self.drop:
+            branch = drop_items(branch, self.drop)
+        return self.act(branch + self.shortcut(x))
+
+    def extra_repr(self) -> str:
+        """Show the rate, if there is one."""
+        return f"drop={self.drop:g}" if self.drop else ""
+
+
+def set_stochastic_depth(model: nn.Module, rate: float) -> None:
+    """Train a residual network by stochastic depth: later blocks are left out more often.
+
+    Of L blocks the l-th, counted from 1, is left out with probability l / L · rate, the paper's
+    linear rule (Huang et al., 2016, eq. 4).
+
+    Args:
+        model: all its `Residual` blocks are set, in the order of definition.
+        rate: of the last block, 0 to below 1; 0 switches it off.
+
+    Raises:
+        SetupError: the model has no such blocks, or the rate is out of range.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, Residual)]
+    if not blocks:
+        raise SetupError(
+            "Stochastic depth found no residual blocks.",
+            saw=f"no pellucid.nn.Residual in {type(model).__name__}",
+            do="put a StochasticDepth at the end of each branch.",
+        )
+    for i, block in enumerate(blocks, 1):
+        block.drop = checked_rate(i / len(blocks) * rate)

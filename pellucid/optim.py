@@ -2,10 +2,12 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,6 +24,9 @@ def build_optimizer(opt_func: Callable[..., Optimizer], model: nn.Module, lr: fl
     fused, foreach and loop is taken that the class, the dtypes and the device allow. The forms
     agree to rounding, not to the bit.
 
+    An `opt_func` that has an argument `model` gets the model too, and chooses the form itself, see
+    `fastest`; `roles.ByRole` is one.
+
     Raises:
         SetupError: `opt_func` cannot be called so, or gives no torch optimiser.
     """
@@ -34,9 +39,10 @@ def build_optimizer(opt_func: Callable[..., Optimizer], model: nn.Module, lr: fl
             do="give a model with parameters, at least one of them with requires_grad.",
         )
     try:
-        # sparse gradients suit only the plain form
-        sparse = any(getattr(module, "sparse", False) for module in model.modules())
-        optimizer = opt_func(params, lr=lr) if sparse else _fastest(opt_func, params, lr)
+        if "model" in arguments(opt_func):
+            optimizer = opt_func(params, lr=lr, model=model)
+        else:
+            optimizer = fastest(opt_func, params, lr, model)
     except TypeError as error:
         raise SetupError(
             "opt_func cannot be called as opt_func(params, lr=lr).",
@@ -52,16 +58,88 @@ def build_optimizer(opt_func: Callable[..., Optimizer], model: nn.Module, lr: fl
     return optimizer
 
 
-def _fastest(opt_func: Callable[..., Optimizer], params: list[nn.Parameter], lr: float) -> Any:
+def fastest(
+    opt_func: Callable[..., Optimizer],
+    params: Sequence[Any],
+    lr: float,
+    model: nn.Module,
+) -> Optimizer:
+    """Call `opt_func(params, lr=lr)` in torch's fastest form; see `build_optimizer`.
+
+    Args:
+        opt_func: a class of torch's, a partial of one, or any function.
+        params: parameters of the model, or groups of them.
+        lr: learning rate.
+        model: tells whether its gradients may be sparse, which suits only the plain form.
+    """
     chosen = opt_func.keywords if isinstance(opt_func, partial) else {}
-    forms = ["fused", "foreach"] if not {"fused", "foreach", "differentiable"} & set(chosen) else []
-    for form in forms:
-        if form in inspect.signature(opt_func).parameters:
+    sparse = any(getattr(module, "sparse", False) for module in model.modules())
+    fixed = sparse or {"fused", "foreach", "differentiable"} & set(chosen)
+    for form in [] if fixed else ["fused", "foreach"]:
+        if form in arguments(opt_func):
             try:
-                return opt_func(params, lr=lr, **{form: True})
+                return opt_func(_copied(params), lr=lr, **{form: True})
             except (RuntimeError, TypeError, ValueError):
                 continue  # not for these parameters; if more is wrong, the plain form says it
     return opt_func(params, lr=lr)
+
+
+def _copied(params: Sequence[Any]) -> list[Any]:
+    """Copy groups: an optimiser fills in what they lack, also one that then refuses them."""
+    return [dict(group) if isinstance(group, dict) else group for group in params]
+
+
+def arguments(opt_func: Callable[..., Optimizer]) -> Iterable[str]:
+    """Return the names of what a class or function takes; none where nobody can tell."""
+    try:
+        return inspect.signature(opt_func).parameters
+    except ValueError:  # of something built in
+        return ()
+
+
+def params_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return all parameters of an optimiser."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def gradients(optimizer: Optimizer) -> list[Tensor]:
+    """Return the gradients that an optimiser's parameters have."""
+    return [param.grad for param in params_of(optimizer) if param.grad is not None]
+
+
+def guards(optimizer: Optimizer) -> bool:
+    """Say whether an optimiser's step can be switched off by a number on the device."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        return True
+    return all(group.get("fused") for group in optimizer.param_groups)  # a copy forgets the mark
+
+
+def begin_momentum(optimizer: Optimizer) -> None:
+    """Give SGD the momentum of zero that its first step begins with.
+
+    Else a first step that is not taken leaves memory as it was found for the second to use (torch
+    2.13, fused). With dampening torch's first step differs from the others; it stays as it is.
+    """
+    for group in optimizer.param_groups:
+        if group.get("momentum") and group.get("dampening") == 0:
+            for param in group["params"]:
+                state = optimizer.state[param]
+                if param.requires_grad and state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(param)
+
+
+@contextmanager
+def guard(optimizer: Optimizer, bad: Tensor | None) -> Generator[None]:
+    """Let an optimiser take no step while a 0-d float32 tensor is 1, if it `guards` at all."""
+    if bad is None or not guards(optimizer):
+        yield
+        return
+    begin_momentum(optimizer)
+    vars(optimizer)["found_inf"] = bad  # where torch's GradScaler puts it
+    try:
+        yield
+    finally:
+        vars(optimizer).pop("found_inf", None)
 
 
 def checked_lr(lr: float) -> float:

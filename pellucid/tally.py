@@ -33,6 +33,11 @@ class Tally:
 
     Attributes:
         n_readings: how often numbers were read; who shows them looks when it grows.
+        non_finite: what to do with a training loss that is NaN or infinite: "stop" raises, "skip"
+            leaves the batch out of the averages, "log" takes it as it is.
+        skipped: on the device, how many steps were skipped; None if none can be.
+        every: batches between two readings, for processes that must read at the same one; 0 goes
+            by the clock.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class Tally:
         self._sums = {f"{self._part}/{name}": 0.0 for name in ["loss", *self._functions]}
         self._n_items = 0
         self.n_readings = 0
+        self.non_finite, self.skipped, self.every = "stop", None, 0
         self._next_reading = perf_counter() + READ_INTERVAL
 
     def add(
@@ -90,7 +96,8 @@ class Tally:
         if len(self._waiting) >= _CHUNK:
             self._chunks.append(torch.stack(self._waiting))
             self._waiting = []
-        if perf_counter() >= self._next_reading:
+        due = len(self._rows) >= self.every if self.every else perf_counter() >= self._next_reading
+        if due:
             self.read()
 
     def read(self) -> None:
@@ -103,9 +110,15 @@ class Tally:
             self._chunks.append(torch.stack(self._waiting))
         values = torch.cat(self._chunks).tolist() if self._chunks else []
         columns = {name: values[i :: len(self._sums)] for i, name in enumerate(self._sums)}
+        weights = self._weights
+        if self.non_finite == "skip":
+            finite = map(math.isfinite, columns["train/loss"])
+            weights = list(map(operator.mul, weights, finite))
         for name, column in columns.items():
-            self._sums[name] += sum(map(operator.mul, column, self._weights))
-        self._n_items += sum(self._weights)
+            self._sums[name] += sum(
+                x * weight for x, weight in zip(column, weights, strict=True) if weight
+            )
+        self._n_items += sum(weights)
         rows, self._rows, self._weights = self._rows, [], []
         self._last_row = rows[-1] if rows else self._last_row
         self._waiting, self._chunks = [], []
@@ -115,7 +128,7 @@ class Tally:
             shared = dict(zip(self._names, zip(*rows, strict=True), strict=True))
             epoch = {"epoch": [self._epoch] * len(rows)}
             self._record.batches.extend(epoch | shared | columns, len(rows))
-            if not all(map(math.isfinite, columns["train/loss"])):
+            if self.non_finite == "stop" and not all(map(math.isfinite, columns["train/loss"])):
                 self._refuse_non_finite(self._record, columns["train/loss"], shared)
 
     def averages(self) -> dict[str, float]:
@@ -131,7 +144,8 @@ class Tally:
             for name, metric in self._objects.items()
         }
         hypers = dict(zip(self._names[1:], self._last_row[1:], strict=False))
-        return self.averages() | computed | hypers
+        skipped = {} if self.skipped is None else {"train/skipped": float(self.skipped)}
+        return self.averages() | computed | hypers | skipped
 
     def _refuse_non_finite(
         self, record: Record, losses: list[float], row: dict[str, tuple[float, ...]]
@@ -141,14 +155,14 @@ class Tally:
         end = len(column) - len(losses) + first
         before = [f"{loss:.4g}" for loss in column[max(end - 3, 0) : end]]
         hypers = "".join(f", {name} {row[name][first]:.3g}" for name in self._names[1:])
-        raise NonFiniteLoss(
+        error = NonFiniteLoss(
             f"The training loss became {losses[first]} in epoch {self._epoch}, batch "
             f"{row['batch'][first]} (both counted from 0).",
             saw=f"the losses before it {', '.join(before) or '(none)'}{hypers}",
-            do="a lower lr is the usual cure, learn.find_lr().plot() shows which; if the first "
-            "batch is bad already, look for NaN in the data. The weights may be spoilt: begin "
-            "again with a new model or saved weights.",
+            do="a lower lr is the usual cure, learn.find_lr().plot() shows which.",
         )
+        error.batch = row["batch"][first]
+        raise error
 
 
 def _detached(leaf: Any) -> Any:

@@ -18,9 +18,11 @@ PACKAGE = Path(pellucid.__file__).parent
 LAYERS = {
     "ground": "errors tree device randomness stats plots histograms layers layers_plot record "
     "snapshot weights outline flops checkpoint",
-    "parts": "foundations nn init losses metrics schedules optim hooks meters places summary tally "
-    "distributed data vision diagnosis",
-    "loop": "events binding slips looks learner",
+    "parts": "foundations nn stochastic_depth init losses metrics schedules optim hooks meters "
+    "places summary "
+    "joint roles muon freezing averaging "
+    "gan gradient_checkpointing mixing nonfinite tally distributed sharding data vision diagnosis",
+    "loop": "events binding slips looks engines learner",
     "callbacks": "callbacks",
     "edge": "report trained ablation cli __main__",
 }
@@ -29,12 +31,13 @@ LAYERS = {
 LEVEL = {name: i for i, names in enumerate(LAYERS.values()) for name in names.split()}
 
 CONVENIENCES = {
+    "binding -> callbacks.non_finite",
+    "binding -> callbacks.progress",
     "learner -> callbacks.find_lr",
-    "learner -> callbacks.progress",
     "learner -> callbacks.schedule",
     "learner -> callbacks.trace",
 }
-"""What Learner's two- and three-line methods fetch when they are called, and nobody else does."""
+"""What is fetched when it is called: the default table, and by Learner's two-line methods."""
 
 HEAVY = ["matplotlib", "rich", "PIL", "simplejpeg", "cyclopts", "pooch", "requests", "filelock",
          "IPython", "safetensors"]  # fmt: skip

@@ -31,11 +31,23 @@ from pellucid import (
     Loader,
     Record,
 )
-from pellucid.callbacks import Debug, OneCycle, Progress, Schedule
+from pellucid.callbacks import (
+    Accumulate,
+    BatchSize,
+    Clip,
+    Debug,
+    GradientCheckpointing,
+    ImageSize,
+    MaxTime,
+    OneCycle,
+    Progress,
+    Schedule,
+    TakeTurns,
+)
 from pellucid.data import Normalize, Reshape
 from pellucid.errors import DataNotFound
 from pellucid.metrics import MacroF1, accuracy
-from pellucid.schedules import cosine, linear
+from pellucid.schedules import constant, cosine, linear
 
 
 def modules() -> list[ModuleType]:
@@ -67,6 +79,13 @@ CALLBACKS = {name: c for module in modules() for name, c in own(module, is_callb
 EXAMPLES: dict[str, Callable[[], Callback]] = {
     "Debug": lambda: Debug("after_loss", do_nothing),
     "OneCycle": lambda: OneCycle(0.05),
+    "Accumulate": lambda: Accumulate(2),
+    "BatchSize": lambda: BatchSize(linear(8, 16)),
+    "Clip": lambda: Clip(norm=1.0),
+    "GradientCheckpointing": lambda: GradientCheckpointing(["0", "3"]),
+    "ImageSize": lambda: ImageSize(constant(1)),
+    "MaxTime": lambda: MaxTime(3600),
+    "TakeTurns": lambda: TakeTurns({"0": 2, "4": 1}),
     "Schedule": lambda: Schedule("lr", linear(0.1, 0.01)),
 }
 """Callbacks that cannot be made without arguments; a new one of these needs a line here."""

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pellucid.callbacks
 from pellucid import Callback, DataLoaders, Learner, Loader
-from pellucid.callbacks import OneCycle, Progress, Schedule
+from pellucid.callbacks import GradientCheckpointing, OneCycle, Progress, Schedule
 from pellucid.data import ArrayDataset
 from pellucid.metrics import accuracy
 from pellucid.schedules import cosine, linear
@@ -402,7 +402,9 @@ def test_the_walk_finds_torchs_optimisers():
 
 # ── who watches ───────────────────────────────────────────────────────────────────────────────
 
-EXAMPLES: dict[str, Callable[[], Callback]] = {}
+EXAMPLES: dict[str, Callable[[], Callback]] = {
+    "GradientCheckpointing": lambda: GradientCheckpointing([""]),  # the whole model
+}
 """Watchers whose constructor needs arguments, by name."""
 
 

@@ -6,8 +6,10 @@ Normalisation, embeddings, recurrent layers and torch's attention keep what they
 
 from .by_data import LSUVReport, lsuv
 from .by_formula import fans, init_kaiming, init_orthogonal, init_xavier
+from .identity import init_identity
 from .residual import fixup
 from .study import InitStudy, LayerStudy, study_init
+from .whitening import whiten
 
 __all__ = [
     "InitStudy",
@@ -15,9 +17,11 @@ __all__ = [
     "LayerStudy",
     "fans",
     "fixup",
+    "init_identity",
     "init_kaiming",
     "init_orthogonal",
     "init_xavier",
     "lsuv",
     "study_init",
+    "whiten",
 ]

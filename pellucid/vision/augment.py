@@ -231,6 +231,22 @@ class Augment(PerSample):
             y = cutout(y, _one_of(h, drawn.cutout_y), _one_of(w, drawn.cutout_x), side)
         return y.contiguous(memory_format=_memory_format(x))
 
+    def view_draws(self, draws: Tensor, mirrored: bool, alone: bool) -> Tensor:
+        """Return draws that mirror, or do not; alone: and do nothing else.
+
+        Args:
+            draws: (13,) float32 in [0, 1), of one image; they stay as they are.
+            mirrored: whether to mirror, if `flip` is not 0.
+            alone: whether all else shall be as it was, cutout excepted.
+        """
+        nearly_1 = 1 - 2**-24
+        if alone:
+            draws = torch.full_like(draws, 0.5)  # neither left nor right, neither more nor less
+            draws[_Draws._fields.index("area")] = nearly_1
+        draws = draws.clone()
+        draws[_Draws._fields.index("flip")] = 0 if mirrored else nearly_1
+        return draws
+
     def _place(self, x: Tensor, drawn: _Draws) -> Tensor:
         """Return images as they are, with their pixels moved, or sampled anew."""
         if not (self.flip or self.shift or self._samples):

@@ -1,0 +1,40 @@
+"""Clipping of gradients."""
+
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+
+from ..errors import SetupError
+from ..events import Callback
+from ..learner import Learner
+from ..optim import params_of
+
+
+class Clip(Callback):
+    """Limit the gradient before each step: the norm of all of it, or each of its numbers.
+
+    By the norm, a gradient that is too long is made shorter and keeps its direction (Pascanu et
+    al., 2013, "On the difficulty of training recurrent neural networks").
+
+    Args:
+        norm: the longest gradient, over all parameters of the optimiser together.
+        value: the largest number in it, by absolute value; instead of `norm`.
+
+    Raises:
+        SetupError: neither is given, or both, or one that is not positive.
+    """
+
+    changes = True
+    order = 50  # after the gradient is whole, see Accumulate
+
+    def __init__(self, norm: float | None = None, value: float | None = None):
+        if (norm is None) == (value is None):
+            raise SetupError("Clip takes a norm or a value.", do="Clip(norm=1.0)")
+        if not (norm or value or 0) > 0:
+            raise SetupError("Clip takes a positive limit.", saw=f"norm={norm}, value={value}")
+        self.norm, self.value = norm, value
+
+    def after_backward(self, learn: Learner) -> None:
+        """Clip."""
+        if self.norm is not None:
+            clip_grad_norm_(params_of(learn.opt), self.norm)
+        elif self.value is not None:
+            clip_grad_value_(params_of(learn.opt), self.value)

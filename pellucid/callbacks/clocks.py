@@ -1,0 +1,84 @@
+"""Where the time of a fit goes: its start, waiting for data, computing."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from time import perf_counter
+
+from ..events import Callback
+from ..learner import Learner
+
+_BOUND = 0.2
+"""Share of the time from which on waiting for data is worth mending."""
+
+
+class Clocks(Callback):
+    """Measure what a fit spends on its start and on waiting for batches, and say it after an epoch.
+
+    The start ("cold") is all until the first training batch is over: what is compiled, allocated
+    or read then does not come again. Of the rest ("warm") the training passes are divided: the time
+    in which the loop waits for its loader, and all else. On a GPU that is behind, the loop
+    waits for the GPU, and not for data; so this holds there too.
+
+    Args:
+        show: print the verdict after the first epoch.
+
+    Attributes:
+        cold: seconds of the start; None before.
+        warm: seconds of the training passes without it.
+        waiting: of these, seconds in which the loop waited for the loader.
+    """
+
+    order = -1000  # its span is entered first and left last
+
+    def __init__(self, show: bool = True):
+        self.show = show
+        self.cold: float | None = None
+        self.warm = self.waiting = 0.0
+        self._began = self._asked = 0.0
+
+    @contextmanager
+    def around_fit(self, learn: Learner) -> Generator[None]:
+        """Set the clocks to zero."""
+        self.cold, self.warm, self.waiting = None, 0.0, 0.0
+        self._began = perf_counter()
+        yield
+
+    def before_train(self, learn: Learner) -> None:
+        """Ask for the first batch of a pass."""
+        self._asked = perf_counter()
+
+    @contextmanager
+    def around_batch(self, learn: Learner) -> Generator[None]:
+        """Take the time of a batch, and until it was there."""
+        came = perf_counter()
+        try:
+            yield
+        finally:
+            done = perf_counter()
+            if learn.training and self.cold is None:
+                self.cold = done - self._began
+            elif learn.training:
+                self.waiting += came - self._asked
+                self.warm += done - self._asked
+            self._asked = done
+
+    def after_epoch(self, learn: Learner) -> None:
+        """Say what was found in the first epoch."""
+        if self.show and learn.epoch == 0:
+            print(self.verdict, flush=True)
+
+    @property
+    def verdict(self) -> str:
+        """What decides the pace, in one line."""
+        if self.cold is None or not self.warm:
+            return "too few batches to tell what decides the pace"
+        share = self.waiting / self.warm
+        start = f"the first batch took {self.cold:.2f} s"
+        if share < _BOUND:
+            return f"compute-bound: {share:.0%} of the time is waiting for data; {start}"
+        return (
+            f"data-bound: {share:.0%} of the time is waiting for data, which more workers, smaller "
+            f'images or images kept decoded (cache="memory" or "disk") would shorten; {start}'
+        )

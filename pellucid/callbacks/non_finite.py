@@ -1,0 +1,153 @@
+"""What to do when the training loss becomes NaN or infinite."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import tree
+from ..data import Loader
+from ..errors import NonFiniteLoss, SetupError
+from ..events import Callback, CancelStep
+from ..learner import Learner
+from ..nonfinite import Culprit, culprit
+from ..optim import gradients, guard, guards
+from ..snapshot import preserved_buffers, preserved_random_state
+
+
+class NonFinite(Callback):
+    """Stop, skip or go on when a training loss is NaN or infinite. In every fit, "stop" by default.
+
+    "stop" raises `NonFiniteLoss`, which names the batch and what in it was the first that was not
+    finite: an item, a parameter, a module or the loss. The loss is read a tenth of a second later
+    at most; in the meantime no step is taken: the weights stay those of the step before. (The
+    device itself decides that, nothing is read back. It needs torch's fused optimisers: SGD, Adam,
+    AdamW, Adagrad, which a `Learner` takes where it can. Others step with NaN.)
+
+    "skip" takes no step if the loss or a gradient is not finite, and keeps batch norm's statistics
+    as they were. The loss goes on record as it was; the epoch's averages are those of the other
+    batches, and "train/skipped" says how many were left out. With an optimiser that is not fused
+    one number is read back in every step.
+
+    "log" does nothing: the loss goes on record as it is.
+
+    Args:
+        action: as said.
+
+    Raises:
+        SetupError: there is no such action.
+    """
+
+    changes = True
+    order = 20  # when the gradient is whole, see Accumulate
+
+    def __init__(self, action: str = "stop"):
+        if action not in ("stop", "skip", "log"):
+            raise SetupError('NonFinite takes "stop", "skip" or "log".', saw=repr(action))
+        self.action = action
+        if action != "skip":  # then these are not heard
+            for moment in ("before_batch", "after_backward", "after_batch"):
+                setattr(self, moment, None)
+        self._sum = self._bad = self._n_skipped = torch.zeros(())
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._loader_epoch = 0
+
+    @contextmanager
+    def around_fit(self, learn: Learner) -> Generator[None]:
+        """Let the optimiser ask before it steps, for the time of the fit."""
+        numbers = torch.zeros(2, dtype=torch.float32, device=learn.device)  # as the optimisers ask
+        self._sum, self._bad = numbers.unbind()
+        try:
+            with guard(learn.opt, self._bad if self.action != "log" else None):
+                yield
+        except NonFiniteLoss as error:
+            self._explain(learn, error)
+            raise
+
+    def before_train(self, learn: Learner) -> None:
+        """Tell the tally, and note which pass of the loader this is."""
+        learn.tally.non_finite = self.action
+        if self.action == "skip":
+            learn.tally.skipped = self._n_skipped = torch.zeros((), device=learn.device)
+        self._loader_epoch = getattr(learn.data.train, "epoch", 0)
+
+    def before_batch(self, learn: Learner) -> None:
+        """Keep what the forward pass changes by itself."""
+        if learn.training:
+            buffers = [b for b in learn.model.buffers() if b is not None]
+            self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
+
+    def after_loss(self, learn: Learner) -> None:
+        """Look at the loss, on the device."""
+        if not learn.training or self.action == "log":
+            return
+        if isinstance(learn.loss, Tensor) and not learn.loss.ndim:  # backward refuses another
+            self._sum.add_(learn.loss.detach(), alpha=0)  # NaN as soon as one is not finite
+            torch.ne(self._sum, 0, out=self._bad)
+
+    def after_backward(self, learn: Learner) -> None:
+        """Look at the gradients too, if the fit is to go on."""
+        for norm in torch._foreach_norm(gradients(learn.opt)):
+            self._sum.add_(norm, alpha=0)
+        torch.ne(self._sum, 0, out=self._bad)
+        self._sum.zero_()
+        self._n_skipped.add_(self._bad)
+        if not guards(learn.opt) and self._bad.item():
+            learn.zero_grad()
+            raise CancelStep
+
+    def after_batch(self, learn: Learner) -> None:
+        """Put back what the forward pass changed, if its loss was not finite."""
+        if learn.loss is not None:
+            finite = learn.loss.detach().isfinite()
+            for buffer, before in self._buffers:
+                buffer.copy_(torch.where(finite, buffer, before))
+        self._buffers = []
+
+    def _explain(self, learn: Learner, error: NonFiniteLoss) -> None:
+        """Go through the batch again and add to the error what was bad first."""
+        what, saw, do = error.args
+        with suppress(Exception):  # this is help, and must not hide the error
+            found = self._culprit(learn, int(error.batch))
+            if found:
+                saw, do = f"{saw}; {found.what}", found.do
+        if guards(learn.opt):
+            do += " No step was taken since: the weights are those before that batch."
+        else:
+            do += " The weights may be spoilt: begin again with a new model or saved weights."
+        error.args = (what, saw, do)
+
+    def _culprit(self, learn: Learner, number: int) -> Culprit | None:
+        batch, items = self._batch(learn, number)
+        if batch is None:
+            return None
+        x, y = tree.split(batch, learn.data.n_inputs)
+        x, y = tree.to_device(x, learn.device), tree.to_device(y, learn.device)
+        learn.model.train()
+        with ExitStack() as stack:
+            stack.enter_context(preserved_buffers(learn.model))
+            stack.enter_context(preserved_random_state())
+            stack.enter_context(learn.around("around_forward"))
+            learn.x, learn.y = learn.data.prepare(x, True), y
+            model = learn.model if guards(learn.opt) else None  # else long since spoilt itself
+            return culprit(model, learn.x, y, learn.forward, _loss_of(learn), items)
+
+    def _batch(self, learn: Learner, number: int) -> tuple[Any, list[int] | None]:
+        """Return a batch of the pass again and its items' numbers; None if nobody can tell."""
+        loader = learn.data.train
+        if isinstance(loader, Loader):
+            batch = next(loader.batches(self._loader_epoch, number))
+            return batch, loader.drawn.items.tolist() if loader.drawn else None
+        return (loader[number], None) if isinstance(loader, Sequence) else (None, None)
+
+
+def _loss_of(learn: Learner) -> Any:
+    def loss(preds: Any) -> Tensor:
+        learn.preds = preds
+        return learn.compute_loss()
+
+    return loss

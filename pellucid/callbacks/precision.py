@@ -1,0 +1,102 @@
+"""Numerical precision of the forward pass: float32, or half of it where that is faster."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.nn.utils import convert_conv2d_weight_memory_format
+
+from ..device import choose_precision
+from ..errors import SetupError
+from ..events import Callback, CancelStep
+from ..learner import Learner
+from ..optim import begin_momentum, gradients, guards
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Precision(Callback):
+    """Compute forward pass and loss in half precision by torch's autocast; weights stay float32.
+
+    "bf16" has float32's range, "fp16" has not: there the gradient is made larger before the
+    backward pass and smaller again after it, by a factor that adapts (Micikevicius et al., 2018,
+    "Mixed precision training"). A step whose gradients overflow all the same is not taken; a
+    non-finite loss is another matter, see `NonFinite`. Clipping sees true gradients. With both,
+    models with 2-d convolutions are laid out channels-last for the time of the fit.
+
+    Validation is in the same precision. (In fp16 an optimiser that is not fused costs one number
+    read back in every step.)
+
+    Args:
+        dtype: "bf16", "fp16", "fp32", or "auto": bf16 where the device computes in it faster, see
+            `device.choose_precision`; the progress table says what was chosen and why.
+
+    Raises:
+        SetupError: there is no such precision.
+    """
+
+    changes = True
+    order = 15  # unscaled before anyone looks at the gradient of a step
+
+    def __init__(self, dtype: str = "auto"):
+        if dtype not in ("auto", *_DTYPES):
+            raise SetupError('Precision takes "auto", "bf16", "fp16" or "fp32".', saw=repr(dtype))
+        self.dtype = dtype
+        self._chosen = "fp32" if dtype == "auto" else dtype
+        self._scaler: GradScaler | None = None
+        self._guard: Tensor | None = None
+
+    @contextmanager
+    def around_fit(self, learn: Learner) -> Generator[None]:
+        """Choose, lay the model out for it, and lay it back at the end."""
+        known = learn.device_reason
+        if self.dtype == "auto":
+            self._chosen, reason = choose_precision(learn.device)
+            learn.device_reason = f"{known}; {self._chosen}: {reason}"
+        self._scaler, self._guard = None, None
+        if self._chosen == "fp16":
+            self._scaler = GradScaler(learn.device.type)
+            if guards(learn.opt):
+                begin_momentum(learn.opt)
+        in_half = self._chosen != "fp32" and isinstance(learn.model, nn.Module)
+        try:
+            if in_half:
+                convert_conv2d_weight_memory_format(learn.model, torch.channels_last)
+            yield
+        finally:
+            learn.device_reason = known
+            if in_half:
+                convert_conv2d_weight_memory_format(learn.model, torch.contiguous_format)
+
+    def around_forward(self, learn: Learner) -> AbstractContextManager[None]:
+        """Let torch compute in the precision."""
+        if self._chosen == "fp32":
+            return nullcontext()
+        return torch.autocast(learn.device.type, _DTYPES[self._chosen])
+
+    def after_loss(self, learn: Learner) -> None:
+        """Let the gradient be larger by the scaler's factor; the loss stays what it is."""
+        if self._scaler and learn.training and learn.loss.requires_grad:
+            factor = self._scaler.scale(torch.ones((), device=learn.device))
+            learn.loss.register_hook(lambda gradient: gradient * factor)
+
+    def after_backward(self, learn: Learner) -> None:
+        """Make the gradients smaller again, and take no step if they have overflowed."""
+        if self._scaler is None or not gradients(learn.opt):
+            return
+        self._scaler.unscale_(learn.opt)
+        self._scaler.update()
+        norms = torch.stack(torch._foreach_norm(gradients(learn.opt)))
+        overflowed = torch.ne(norms.sum() * 0, 0).float()  # NaN if any is not finite
+        if guards(learn.opt):
+            state = vars(learn.opt)
+            if self._guard is None:  # what NonFinite may have put there
+                self._guard = state.get("found_inf", torch.zeros_like(overflowed))
+            state["found_inf"] = torch.maximum(self._guard, overflowed)
+        elif overflowed.item():
+            learn.zero_grad()
+            raise CancelStep

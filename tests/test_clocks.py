@@ -1,0 +1,91 @@
+"""Clocks: waiting, computing and the start are told apart; time is a number that the test moves."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pellucid import Callback, CancelBatch, DataLoaders, Learner
+from pellucid.callbacks import Clocks, Progress, clocks
+
+
+class Time:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def time(monkeypatch):
+    time = Time()
+    monkeypatch.setattr(clocks, "perf_counter", time)
+    return time
+
+
+class Slow(Callback):
+    def __init__(self, time: Time, seconds: float, first: float):
+        self.time, self.seconds, self.first = time, seconds, first
+
+    def after_loss(self, learn):
+        self.time.now += self.seconds
+        if learn.training and not learn.epoch and not learn.batch_index:
+            self.time.now += self.first
+
+
+def fitted(time, waits: float, computes: float, *callbacks, epochs: int = 2) -> Clocks:
+    class Loads:
+        def __len__(self):
+            return 5
+
+        def __iter__(self):
+            for _ in range(5):
+                time.now += waits
+                yield torch.randn(4, 6), torch.randint(3, (4,))
+
+    watch = Clocks()
+    learn = Learner(
+        nn.Linear(6, 3), DataLoaders(Loads(), Loads()), F.cross_entropy,
+        callbacks=[Progress("off"), watch, Slow(time, computes, 7.0), *callbacks], device="cpu",
+    )  # fmt: skip
+    learn.fit(epochs)
+    return watch
+
+
+def test_the_start_is_a_clock_of_its_own(time):
+    watch = fitted(time, 1.0, 3.0)
+    assert watch.cold == 1 + 3 + 7
+    assert watch.waiting == 9 and watch.warm == 9 * 4
+
+
+@pytest.mark.parametrize(
+    ("waits", "computes", "found"),
+    [
+        (1.0, 3.0, "data-bound: 25% "),
+        (1.0, 9.0, "compute-bound: 10% "),
+        (0.0, 1.0, "compute-bound: 0% "),
+    ],
+)
+def test_the_verdict_comes_after_the_first_epoch(time, capsys, waits, computes, found):
+    fitted(time, waits, computes)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "bound" in line]
+    assert line.startswith(found) and f"the first batch took {waits + computes + 7:.2f} s" in line
+
+
+def test_a_cancelled_batch_counts_too(time):
+    class Cancels(Callback):
+        changes = True
+
+        def before_batch(self, learn):
+            if learn.batch_index == 2:
+                raise CancelBatch
+
+    watch = fitted(time, 1.0, 3.0, Cancels())
+    assert watch.waiting == 9 and watch.warm == 7 * 4 + 2 * 1
+
+
+def test_too_few_batches_are_said_to_be(time, capsys):
+    watch = Clocks()
+    assert watch.verdict == "too few batches to tell what decides the pace"
+    watch = fitted(time, 1.0, 3.0, epochs=0)
+    assert "bound" not in capsys.readouterr().out and watch.cold is None

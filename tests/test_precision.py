@@ -1,0 +1,205 @@
+"""Precision: autocast for the time of a fit, and gradients that neither vanish nor overflow."""
+
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim import SGD, AdamW, RMSprop
+
+from pellucid import Callback, DataLoaders, Learner
+from pellucid.callbacks import Accumulate, Clip, NonFinite, Precision, Progress
+from pellucid.device import choose_precision
+from pellucid.errors import NonFiniteLoss, SetupError
+from pellucid.optim import params_of
+
+
+def cnn() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    )
+
+
+def batches(n: int = 6) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(1)
+    return [(torch.randn(8, 2, 4, 4), torch.randint(3, (8,))) for _ in range(n)]
+
+
+def learner(*callbacks, opt_func=SGD, train=None, valid=None) -> Learner:
+    data = DataLoaders(train or batches(), valid)
+    return Learner(
+        cnn(), data, F.cross_entropy, opt_func, 0.05,
+        callbacks=[Progress("off"), *callbacks], device="cpu",
+    )  # fmt: skip
+
+
+def by_hand(dtype, opt_func, accumulate=1, clip=None) -> nn.Module:
+    """The loop of torch's own documentation."""
+    model = cnn().to(memory_format=torch.channels_last)
+    opt = opt_func(model.parameters(), lr=0.05, fused=True)
+    scaler = GradScaler("cpu", enabled=dtype == torch.float16)
+    for _ in range(2):
+        for i, (x, y) in enumerate(batches()):
+            with torch.autocast("cpu", dtype):
+                loss = F.cross_entropy(model(x), y)
+            scaler.scale(loss * len(x) if accumulate > 1 else loss).backward()
+            if (i + 1) % accumulate:
+                continue
+            scaler.unscale_(opt)
+            if accumulate > 1:
+                for param in model.parameters():
+                    param.grad /= accumulate * len(x)
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+    return model
+
+
+def same_bits(ours: nn.Module, theirs: nn.Module) -> bool:
+    pairs = zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("opt_func", [SGD, AdamW])
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_the_weights_are_those_of_torchs_own_loop(name, dtype, opt_func):
+    learn = learner(Precision(name), opt_func=opt_func)
+    learn.fit(2)
+    assert same_bits(learn.model, by_hand(dtype, opt_func))
+
+
+def test_clipping_sees_true_gradients():
+    learn = learner(Precision("fp16"), Clip(norm=0.1))
+    learn.fit(2)
+    assert same_bits(learn.model, by_hand(torch.float16, SGD, clip=0.1))
+
+
+def test_accumulation_sees_a_factor_that_stays():
+    learn = learner(Precision("fp16"), Accumulate(3), Clip(norm=0.1))
+    learn.fit(2)
+    theirs = by_hand(torch.float16, SGD, accumulate=3, clip=0.1)
+    pairs = zip(learn.model.parameters(), theirs.parameters(), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+
+class Large(Callback):
+    """Let a gradient overflow as it would in half precision, in one batch."""
+
+    changes = True
+    order = 12
+
+    def after_backward(self, learn):
+        if learn.batch_index == 2:
+            learn.model[4].weight.grad[0, 0] = torch.inf
+
+
+@pytest.mark.parametrize("opt_func", [SGD, AdamW, RMSprop])
+def test_a_step_that_overflows_is_not_taken_and_the_run_goes_on(opt_func):
+    weights, scales = [], []
+
+    class Watch(Callback):
+        order = 200
+
+        def after_batch(self, learn):
+            if learn.training:
+                weights.append(learn.model[4].weight.detach().clone())
+                scales.append(learn.callbacks[1]._scaler.get_scale())
+
+    learn = learner(Precision("fp16"), Large(), Watch(), opt_func=opt_func)
+    learn.fit(1)
+    moved = [not torch.equal(a, b) for a, b in pairwise(weights)]
+    assert moved == [True, False, True, True, True]
+    assert scales[1] == 2 * scales[2] == 2 * scales[5]
+    assert all(param.isfinite().all() for param in learn.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_a_loss_that_is_not_finite_still_stops_the_run(name):
+    train = batches()
+    train[3][0][1, 0, 0, 0] = torch.nan
+    learn = learner(Precision(name), train=train)
+    with pytest.raises(NonFiniteLoss, match="inputs are not finite in item 1 of the batch"):
+        learn.fit(1)
+    assert all(param.isfinite().all() for param in learn.model.parameters())
+    assert "found_inf" not in vars(learn.opt)
+
+
+def test_skipping_goes_with_it():
+    train = batches()
+    train[3][0][1, 0, 0, 0] = torch.nan
+    learn = learner(Precision("fp16"), NonFinite("skip"), train=train, opt_func=AdamW)
+    learn.fit(1)
+    assert learn.record.epochs[-1]["train/skipped"] == 1
+    assert all(value.isfinite().all() for value in learn.model.state_dict().values())
+
+
+def test_forward_and_loss_are_in_half_and_everything_is_put_back():
+    seen = []
+
+    class Watch(Callback):
+        def after_predict(self, learn):
+            convolution = learn.model[0].weight
+            last = convolution.is_contiguous(memory_format=torch.channels_last)
+            seen.append((learn.preds.dtype, convolution.dtype, last, learn.training))
+
+    learn = learner(Precision("bf16"), Watch(), valid=batches(1))
+    before = learn.device_reason
+    learn.fit(1)
+    assert set(seen) == {
+        (torch.bfloat16, torch.float32, True, True), (torch.bfloat16, torch.float32, True, False)
+    }  # fmt: skip
+    assert learn.model[0].weight.is_contiguous() and learn.device_reason == before
+    assert not torch.is_autocast_enabled("cpu")
+    assert learn.predict(batches(1)[0][0]).dtype == torch.bfloat16  # as it was trained
+    with pytest.raises(ZeroDivisionError):
+        learn.fit(1, callbacks=[Raises()])
+    assert not torch.is_autocast_enabled("cpu") and learn.model[0].weight.is_contiguous()
+
+
+class Raises(Callback):
+    def after_predict(self, learn):
+        raise ZeroDivisionError
+
+
+def test_full_precision_changes_nothing():
+    plain, full = learner(), learner(Precision("fp32"))
+    for learn in (plain, full):
+        learn.fit(1)
+    assert same_bits(plain.model, full.model)
+
+
+def test_auto_takes_what_the_device_gains_from_and_says_why(capsys, monkeypatch):
+    for feature in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda: False)
+    assert choose_precision(torch.device("cpu"))[0] == "fp32"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert choose_precision(torch.device("cpu")) == ("bf16", "this CPU has AVX-512 BF16")
+    learn = learner(Precision())
+    learn.callbacks = [learn.callbacks[0]]
+    learn.fit(1)
+    assert "bf16: this CPU has AVX-512 BF16" in capsys.readouterr().out
+    assert same_bits(learn.model, by_hand_one_epoch())
+
+
+def by_hand_one_epoch() -> nn.Module:
+    learn = learner(Precision("bf16"))
+    learn.fit(1)
+    return learn.model
+
+
+def test_it_pickles_after_a_fit():
+    learn = learner(Precision("fp16"))
+    learn.fit(1)
+    assert repr(pickle.loads(pickle.dumps(learn.callbacks[0]))) == "Precision(dtype='fp16')"
+    assert all(param.grad is None for param in params_of(learn.opt))
+
+
+def test_another_word_is_refused():
+    with pytest.raises(SetupError, match='"auto", "bf16", "fp16" or "fp32"'):
+        Precision("half")
