@@ -61,11 +61,11 @@ class Task:
 
 TASKS = {
     "MNIST CNN, batch 512": Task(
-        partial(simple_cnn, 1, 10, (8, 16, 32, 32), 5), (512, 1, 28, 28), 4 * EPOCH, 40
+        partial(simple_cnn, 1, 10, (8, 16, 32, 32), 5), (512, 1, 28, 28), 2 * EPOCH, 30
     ),
-    "xresnet18 at 32 px, batch 64": Task(partial(xresnet18, 3, 10), (64, 3, 32, 32), EPOCH, 20),
+    "xresnet18 at 32 px, batch 64": Task(partial(xresnet18, 3, 10), (64, 3, 32, 32), EPOCH, 12),
     "small_resnet at 32 px, batch 64": Task(
-        partial(small_resnet, 3, 10), (64, 3, 32, 32), 2 * EPOCH, 30
+        partial(small_resnet, 3, 10), (64, 3, 32, 32), EPOCH, 20
     ),
 }
 
