@@ -130,6 +130,12 @@ def test_a_loss_that_is_not_finite_still_stops_the_run(name):
     assert "found_inf" not in vars(learn.opt)
 
 
+def test_nothing_is_left_on_the_optimiser():
+    learn = learner(Precision("fp16"), NonFinite("log"))
+    learn.fit(1)
+    assert not {"found_inf", "grad_scale"} & set(vars(learn.opt))
+
+
 def test_skipping_goes_with_it():
     train = batches()
     train[3][0][1, 0, 0, 0] = torch.nan

@@ -69,6 +69,7 @@ class Precision(Callback):
             yield
         finally:
             learn.device_reason = known
+            vars(learn.opt).pop("found_inf", None)
             if in_half:
                 convert_conv2d_weight_memory_format(learn.model, torch.contiguous_format)
 
