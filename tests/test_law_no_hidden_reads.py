@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pellucid import Callback, DataLoaders, Learner, tally
-from pellucid.callbacks import Best, EarlyStopping, OneCycle, Progress
+from pellucid.callbacks import Best, EarlyStopping, OneCycle, Progress, non_finite
 from pellucid.metrics import MacroF1, accuracy
 
 N_TRAIN, N_VALID = 6, 3
@@ -25,8 +25,9 @@ N_TRAIN, N_VALID = 6, 3
 WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"}
 """Operations that make the host wait for a GPU; `item`, `float`, `bool` and `int` are the first."""
 
-COPYING = {"tolist", "cpu", "numpy", "__array__"}
-"""Methods that do so without an operation of their own, on the CPU at least."""
+COPYING = {"tolist", "cpu", "__array__"}
+"""Methods that do so without an operation of their own, on the CPU at least. `numpy` is none of
+them: it copies nothing, it is a view of the host's own memory, and raises for a GPU's."""
 
 
 class CountOperations(TorchDispatchMode):
@@ -136,7 +137,9 @@ def test_between_readings_nothing_is_read_but_by_the_bare_loop(
     assert per_pass(readings(learn.fit, 1)) == bare
 
 
-def test_the_default_optimiser_reads_nothing_at_all(never_time_to_read, quiet):
+@pytest.mark.parametrize("host", [True, False])
+def test_the_default_optimiser_reads_nothing_at_all(host, never_time_to_read, quiet, monkeypatch):
+    monkeypatch.setattr(non_finite, "_is_host", lambda device: host)  # False is a GPU's way
     learn = learner(callbacks=[quiet])
     assert per_pass(readings(learn.fit, 1)) == {}
 
@@ -153,7 +156,7 @@ def test_a_callback_that_reads_every_batch_is_seen(never_time_to_read, quiet):
 
 
 @pytest.mark.parametrize(
-    "read", ["item", "tolist", "cpu", "numpy", "__float__", "__bool__", "__int__", "nonzero"]
+    "read", ["item", "tolist", "cpu", "__float__", "__bool__", "__int__", "nonzero"]
 )
 def test_every_way_of_reading_is_counted(read):
     assert readings(getattr(torch.ones(()), read)).total() == 1

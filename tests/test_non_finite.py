@@ -11,7 +11,15 @@ from torch import nn
 from torch.optim import SGD, Adagrad, AdamW, RMSprop
 
 from pellucid import Callback, DataLoaders, Learner, Loader
-from pellucid.callbacks import Accumulate, Clip, NonFinite, OneCycle, Precision, Progress
+from pellucid.callbacks import (
+    Accumulate,
+    Clip,
+    NonFinite,
+    OneCycle,
+    Precision,
+    Progress,
+    non_finite,
+)
 from pellucid.data import ArrayDataset
 from pellucid.errors import NonFiniteLoss, SetupError
 
@@ -65,6 +73,17 @@ class Spoils(Callback):
             learn.model[3].weight.grad[1, 2] = self.value
 
 
+@pytest.fixture(params=["host", "device"])
+def everywhere(request, monkeypatch):
+    """Run a test as on a CPU, where the host looks, and as on a GPU, where the device does."""
+    monkeypatch.setattr(non_finite, "_is_host", lambda device: request.param == "host")
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    monkeypatch.setattr(non_finite, "_is_host", lambda device: False)
+
+
 def learner(*callbacks, opt_func=AdamW, loaders=None, model=None, loss_func=F.cross_entropy):
     return Learner(
         mlp() if model is None else model,
@@ -94,6 +113,7 @@ WITH = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("more", WITH)
 @pytest.mark.parametrize("opt_func", [AdamW, SGD, Adagrad])
@@ -110,6 +130,7 @@ def test_a_parameter_is_named(what, opt_func, more, value):
         assert f"epoch 0, batch {AT} " in text
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("more", WITH)
 def test_the_item_of_the_data_set_is_named(more):
     loaders = data(bad_item=3)
@@ -119,6 +140,7 @@ def test_the_item_of_the_data_set_is_named(more):
     assert f"the inputs are not finite in item {item} of the data set" in text
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("more", WITH)
 def test_the_loss_is_named(more):
     def loss(preds, y):  # overflows once predictions are large
@@ -161,6 +183,7 @@ def test_augmentation_is_repeated_as_it_was():
         learner(loaders=loaders)))  # fmt: skip
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("opt_func", [AdamW, SGD, Adagrad])
 @pytest.mark.parametrize("n", [1, 3])
 def test_no_step_is_taken_from_the_bad_batch_on(opt_func, n):
@@ -175,12 +198,27 @@ def test_no_step_is_taken_from_the_bad_batch_on(opt_func, n):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.usefixtures("on_a_gpu")
 def test_an_optimiser_that_cannot_be_stopped_has_that_said():
     text = refused(learner(Spoils("weight"), opt_func=RMSprop))
     assert "The weights may be spoilt" in text and "parameter" not in text
     loaders = data(bad_item=3)
     item = loaders.train.order(0)[8 * AT + 3].item()
     assert f"in item {item} of" in refused(learner(opt_func=RMSprop, loaders=loaders))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_on_a_cpu_any_optimiser_stops_at_a_loss_of_any_type(dtype):
+    def loss(preds, y):
+        return F.cross_entropy(preds, y).to(dtype) * (1.0 if preds.isfinite().all() else math.inf)
+
+    learn = learner(opt_func=RMSprop, loaders=data(bad_item=0), loss_func=loss)
+    assert "No step was taken since" in refused(learn)
+    whole = learner(opt_func=RMSprop, loss_func=loss)
+    whole.data.train = list(data().train)[:AT]
+    whole.fit(1)
+    assert learn.step == whole.step == AT
+    assert all(map(torch.equal, learn.model.parameters(), whole.model.parameters()))
 
 
 def test_batches_that_cannot_be_had_again():
@@ -197,6 +235,7 @@ def test_batches_that_cannot_be_had_again():
     assert "item 1 of the batch" in refused(learner(loaders=DataLoaders(given)))
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_nothing_is_left_and_a_mended_run_goes_on():
     learn = learner(loaders=data(bad_item=1))
     refused(learn)
@@ -278,6 +317,7 @@ def test_skipping_where_nothing_is_wrong_changes_nothing():
     assert skipping.record.epochs[-1]["train/skipped"] == 0
 
 
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("action", ["stop", "skip"])
 @pytest.mark.parametrize("opt_func", [SGD, AdamW])
 def test_double_precision_by_default_goes_too(action, opt_func):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -18,15 +19,21 @@ from ..nonfinite import Culprit, culprit
 from ..optim import gradients, guard, guards
 from ..snapshot import preserved_buffers, preserved_random_state
 
+_UNHEARD = {
+    "stop": ("before_batch", "after_batch"),
+    "skip": (),
+    "log": ("before_batch", "after_loss", "after_backward", "after_batch"),
+}
+
 
 class NonFinite(Callback):
     """Stop, skip or go on when a training loss is NaN or infinite. In every fit, "stop" by default.
 
     "stop" raises `NonFiniteLoss`, which names the batch and what in it was the first that was not
     finite: an item, a parameter, a module or the loss. The loss is read a tenth of a second later
-    at most; in the meantime no step is taken: the weights stay those of the step before. (The
-    device itself decides that, nothing is read back. It needs torch's fused optimisers: SGD, Adam,
-    AdamW, Adagrad, which a `Learner` takes where it can. Others step with NaN.)
+    at most; in the meantime no step is taken: the weights stay those of the step before. (On a GPU
+    the device itself decides that, nothing is read back. There it needs torch's fused optimisers:
+    SGD, Adam, AdamW, Adagrad, which a `Learner` takes where it can. Others step with NaN.)
 
     "skip" takes no step if the loss or a gradient is not finite, and keeps batch norm's statistics
     as they were. The loss goes on record as it was; the epoch's averages are those of the other
@@ -49,9 +56,9 @@ class NonFinite(Callback):
         if action not in ("stop", "skip", "log"):
             raise SetupError('NonFinite takes "stop", "skip" or "log".', saw=repr(action))
         self.action = action
-        if action != "skip":  # then these are not heard
-            for moment in ("before_batch", "after_backward", "after_batch"):
-                setattr(self, moment, None)
+        for moment in _UNHEARD[action]:
+            setattr(self, moment, None)
+        self._look, self._spoilt = self._look_on_device, False
         self._sum = self._bad = self._n_skipped = torch.zeros(())
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self._loader_epoch = 0
@@ -61,8 +68,11 @@ class NonFinite(Callback):
         """Let the optimiser ask before it steps, for the time of the fit."""
         numbers = torch.zeros(2, dtype=torch.float32, device=learn.device)  # as the optimisers ask
         self._sum, self._bad = numbers.unbind()
+        on_host = self.action == "stop" and _is_host(learn.device)
+        self._look = self._look_on_host if on_host else self._look_on_device
+        self._stops, self._spoilt = on_host or guards(learn.opt), False
         try:
-            with guard(learn.opt, self._bad if self.action != "log" else None):
+            with guard(learn.opt, None if on_host or self.action == "log" else self._bad):
                 yield
         except NonFiniteLoss as error:
             self._explain(learn, error)
@@ -82,15 +92,16 @@ class NonFinite(Callback):
             self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
 
     def after_loss(self, learn: Learner) -> None:
-        """Look at the loss, on the device."""
-        if not learn.training or self.action == "log":
-            return
-        if isinstance(learn.loss, Tensor) and not learn.loss.ndim:  # backward refuses another
-            self._sum.add_(learn.loss.detach(), alpha=0)  # NaN as soon as one is not finite
-            torch.ne(self._sum, 0, out=self._bad)
+        """Look at the loss, where it is."""
+        if learn.training and isinstance(learn.loss, Tensor) and not learn.loss.ndim:
+            self._look(learn.loss.detach())  # backward refuses another
 
     def after_backward(self, learn: Learner) -> None:
-        """Look at the gradients too, if the fit is to go on."""
+        """Take no step; look at the gradients too, if the fit is to go on."""
+        if self.action == "stop":
+            if self._spoilt:
+                raise CancelStep
+            return
         for norm in torch._foreach_norm(gradients(learn.opt)):
             self._sum.add_(norm, alpha=0)
         torch.ne(self._sum, 0, out=self._bad)
@@ -108,6 +119,14 @@ class NonFinite(Callback):
                 buffer.copy_(torch.where(finite, buffer, before))
         self._buffers = []
 
+    def _look_on_host(self, loss: Tensor) -> None:
+        loss = loss.float() if loss.dtype == torch.bfloat16 else loss  # numpy has no such numbers
+        self._spoilt = self._spoilt or not math.isfinite(loss.numpy())  # nothing is copied
+
+    def _look_on_device(self, loss: Tensor) -> None:
+        self._sum.add_(loss, alpha=0)  # NaN as soon as one is not finite
+        torch.ne(self._sum, 0, out=self._bad)
+
     def _explain(self, learn: Learner, error: NonFiniteLoss) -> None:
         """Go through the batch again and add to the error what was bad first."""
         what, saw, do = error.args
@@ -115,7 +134,7 @@ class NonFinite(Callback):
             found = self._culprit(learn, int(error.batch))
             if found:
                 saw, do = f"{saw}; {found.what}", found.do
-        if guards(learn.opt):
+        if self._stops:
             do += " No step was taken since: the weights are those before that batch."
         else:
             do += " The weights may be spoilt: begin again with a new model or saved weights."
@@ -133,7 +152,7 @@ class NonFinite(Callback):
             stack.enter_context(preserved_random_state())
             stack.enter_context(learn.around("around_forward"))
             learn.x, learn.y = learn.data.prepare(x, True), y
-            model = learn.model if guards(learn.opt) else None  # else long since spoilt itself
+            model = learn.model if self._stops else None  # else long since spoilt itself
             return culprit(model, learn.x, y, learn.forward, _loss_of(learn), items)
 
     def _batch(self, learn: Learner, number: int) -> tuple[Any, list[int] | None]:
@@ -143,6 +162,10 @@ class NonFinite(Callback):
             batch = next(loader.batches(self._loader_epoch, number))
             return batch, loader.drawn.items.tolist() if loader.drawn else None
         return (loader[number], None) if isinstance(loader, Sequence) else (None, None)
+
+
+def _is_host(device: torch.device) -> bool:
+    return device.type == "cpu"  # looking there waits for nothing
 
 
 def _loss_of(learn: Learner) -> Any:
