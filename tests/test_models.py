@@ -12,6 +12,7 @@ from torch.optim import SGD
 from pellucid.errors import SetupError
 from pellucid.nn import GeneralReLU, Residual, RunningBatchNorm
 from pellucid.vision import (
+    airbench,
     mlp,
     simple_cnn,
     small_resnet,
@@ -26,12 +27,13 @@ NARROW = (8, 8, 16, 16)
 MODELS = {
     "simple_cnn": partial(simple_cnn, 3, 10),
     "small_resnet": partial(small_resnet, 3, 10),
+    "airbench": partial(airbench, 3, 10, NARROW[:3]),
     "xresnet18": partial(xresnet18, 3, 10, NARROW),
     "xresnet34": partial(xresnet34, 3, 10, NARROW),
     "xresnet50": partial(xresnet50, 3, 10, NARROW),
 }
 
-PLUGGABLE = {name: make for name, make in MODELS.items() if name != "small_resnet"}
+PLUGGABLE = {name: MODELS[name] for name in MODELS if name not in ("small_resnet", "airbench")}
 
 NORMS = {
     "batch": nn.BatchNorm2d,
@@ -194,6 +196,43 @@ def test_an_xresnet_learns():
         opt.step()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+class Airbench94(nn.Module):
+    """The published network, written out: convolutions, pools and norms in their order."""
+
+    def __init__(self, widths):
+        super().__init__()
+        self.first = nn.Conv2d(3, 24, 2)
+        self.groups = nn.ModuleList()
+        for before, after in zip((24, *widths), widths, strict=False):
+            convs = [nn.Conv2d(n, after, 3, padding=1, bias=False) for n in (before, after)]
+            norms = [nn.BatchNorm2d(after, momentum=0.4) for _ in range(2)]
+            self.groups.append(nn.ModuleList([convs[0], norms[0], convs[1], norms[1]]))
+        self.head = nn.Linear(widths[-1], 10, bias=False)
+
+    def forward(self, x):
+        x = F.gelu(self.first(x))
+        for first, norm, second, last in self.groups:
+            x = F.gelu(norm(F.max_pool2d(first(x), 2)))
+            x = F.gelu(last(second(x)))
+        return self.head(F.max_pool2d(x, 3).flatten(1))
+
+
+def test_airbench_is_the_published_network():
+    ours = airbench(3, 10)
+    trained = [param for param in ours.parameters() if param.requires_grad]
+    convolutions = sum(n * m * 9 for n, m in [(24, 64), (64, 64), (64, 256), *[(256, 256)] * 3])
+    assert sum(param.numel() for param in trained) == convolutions + 312 + 1_152 + 2_560
+    plain = Airbench94((64, 256, 256))
+    plain.load_state_dict(dict(zip(plain.state_dict(), ours.state_dict().values(), strict=True)))
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(ours(x), plain(x))
+    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), plain.buffers(), strict=True))
+    second = ours[6].weight  # passes on what comes in
+    assert torch.equal(second, nn.init.dirac_(torch.empty_like(second)))
+    frozen = [name for name, param in ours.named_parameters() if not param.requires_grad]
+    assert frozen == [f"{i}.weight" for i in (4, 7, 11, 14, 18, 21)]
 
 
 def test_an_xresnet_of_any_depth_and_width():

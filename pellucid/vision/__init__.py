@@ -3,7 +3,16 @@
 from .alternating import AlternatingFlip, flipped_now
 from .augment import Augment, cutout, flip_and_shift, recolour, warp
 from .erasing import RandomErasing, erase
-from .models import mlp, simple_cnn, small_resnet, xresnet, xresnet18, xresnet34, xresnet50
+from .models import (
+    airbench,
+    mlp,
+    simple_cnn,
+    small_resnet,
+    xresnet,
+    xresnet18,
+    xresnet34,
+    xresnet50,
+)
 from .sizes import resize
 from .tta import TTAReport, tta, views
 
@@ -12,6 +21,7 @@ __all__ = [
     "Augment",
     "RandomErasing",
     "TTAReport",
+    "airbench",
     "cutout",
     "erase",
     "flip_and_shift",
