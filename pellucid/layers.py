@@ -114,10 +114,10 @@ class LayerRecord:
     def _halve(self) -> None:
         """Join rows 0 and 1, 2 and 3, ...; all of them are full."""
         half = self._n_rows // 2
-        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
-        batches = np.stack([self._batches[first, 0], self._batches[second, 1]], axis=1)
-        joined = _joined(self._measured(first), self._measured(second))
-        self._write(slice(half), batches, joined)
+        for row in range(half):  # one by one: copies of all rows would leave holes in the memory
+            pair = [slice(2 * row + i, 2 * row + i + 1) for i in range(2)]
+            batches = (self._batches[2 * row, 0].item(), self._batches[2 * row + 1, 1].item())
+            self._write(slice(row, row + 1), batches, _joined(*map(self._measured, pair)))
         self._n_rows, self._n_in_last = half, 2 * self._n_per_row
         self._n_per_row *= 2
 
