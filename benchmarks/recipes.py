@@ -87,7 +87,7 @@ def cifar10_recipe(epochs: int, seed: int) -> Learner:
         Muon, weight_decay=0, momentum=0.6, ns_steps=3, adjust_lr_fn="none", reset_norm=True
     )
     adamw = partial(AdamW, weight_decay=0, betas=(0.9, 0.99))
-    opt_func = ByRole(adamw, {"conv": muon}, lr_factors={"bias": 0.06, "head": 0.06})
+    opt_func = ByRole(adamw, {"conv": muon}, lr_factors={"bias": 0.06, "head": 0.015})
     techniques = [LabelSmoothing(0.2), Precision("auto"), Progress("lines")]
     learn = Learner(channels_last(model), data, None, opt_func, 0.16, [accuracy], techniques)
     learn.fit(epochs, callbacks=[Schedule("lr", linear(0.16, 0))])

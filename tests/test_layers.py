@@ -1,8 +1,8 @@
 """The record of layers: joined rows equal the union, it saves and loads, it draws for any size."""
 
+import gc
 import io
 import json
-import gc
 import math
 import pickle
 import tracemalloc
