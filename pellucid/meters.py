@@ -161,12 +161,15 @@ class _Meter:
         low, high = unit_extremes(x, self.last)
         torch.minimum(self.low, low.amin(), out=self.low)
         torch.maximum(self.high, high.amax(), out=self.high)
-        unit_low, unit_high = self.unit_low[: len(low)], self.unit_high[: len(low)]
+        unit_low, unit_high = self.unit_low, self.unit_high
+        if len(low) < len(unit_low):
+            unit_low, unit_high = unit_low[: len(low)], unit_high[: len(low)]
         torch.minimum(unit_low, low, out=unit_low)
         torch.maximum(unit_high, high, out=unit_high)
-        values = sample(x).float()  # half precision cannot hold what follows
-        self.sampled.add_(values.numel())
-        self.sampled_squares.add_((values - values.mean()).square().sum())
+        values = sample(x).float().contiguous()  # half precision cannot hold what follows
+        self.sampled.add_(len(values))
+        centred = values - values.mean()
+        self.sampled_squares.add_(centred.dot(centred))
         self.bins.add(self.histogram, values, self.table)
         if self.bounds is not None:
             below, above = self.bounds
@@ -248,7 +251,7 @@ def unit_extremes(x: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         return x.amin().reshape(1), x.amax().reshape(1)
     if last:
         x = x.flatten(0, -2)
-    elif x.ndim > 2 and x[0, 0].numel() >= _LARGE_MAP:
+    elif x.ndim > 2 and math.prod(x.shape[2:]) >= _LARGE_MAP:
         over = (0, *range(2, x.ndim))
         return x.amin(over), x.amax(over)
     low, high = x.amin(0), x.amax(0)
@@ -261,8 +264,8 @@ def sum_of_squares(x: Tensor) -> Tensor:
     Item by item: the norm of a whole large tensor adds naively and is off by 1e-3.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)) or None, dtype=dtype)
-    return norms.square().sum().float()
+    norms = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)) or None, dtype=dtype).flatten()
+    return norms.dot(norms).float()
 
 
 def sample(x: Tensor, n: int = N_SAMPLED) -> Tensor:
@@ -270,12 +273,12 @@ def sample(x: Tensor, n: int = N_SAMPLED) -> Tensor:
 
     Other places of each item are met, since the step shares no factor with the size of an item.
     """
-    values = x.detach().reshape(-1)
+    values = x.reshape(-1)
     if len(values) <= 2 * n:
         return values
-    size = x[0].numel()
+    size = x.numel() // len(x)
     for step in _STEPS:  # rather than by gcd, which torch.compile does not follow
-        if step * n >= len(values) - n and size % step:
+        if step * n >= x.numel() - n and size % step:
             break
     return values[::step]
 
