@@ -92,6 +92,7 @@ class Meters:
             for i, (module, last) in enumerate(zip(self._modules, where, strict=True))
         ]
         self._sizes = [0] * 2 * len(self.names)
+        self._no_units = torch.tensor([[math.inf], [-math.inf]], device=device)
         self._units = self._seen = self._rows.new_empty(2, 0)
         self._owners = torch.empty(0, dtype=torch.int64, device=device)
         self._hooks: Hooks | None = None
@@ -124,7 +125,7 @@ class Meters:
         """Set the rows to what they are when nothing was measured, and forget what was not read."""
         self._lay_out()
         self._rows.copy_(self._start)
-        _forget(self._units)
+        self._units.copy_(self._no_units)
 
     def take_dead(self) -> Tensor:
         """Return the share of dead units since the last call, and begin anew.
@@ -140,20 +141,23 @@ class Meters:
         n_dead, n_seen = self._rows.new_zeros(2, len(self._sizes))
         n_dead.index_add_(0, self._owners, (low == high).float())
         n_seen.index_add_(0, self._owners, (~(low > high)).float())  # NaN was seen
-        _forget(self._seen)
+        self._units.copy_(self._no_units)
+        self._seen.copy_(self._no_units)
         return (n_dead / n_seen).view(2, -1)  # of no units, NaN
 
     def _gather(self) -> None:
-        """Work out, for all modules at once, what hooks need not: each operation there is many."""
+        """Work out for all modules at once what the hooks leave, so that they have less to do."""
         self._lay_out()
-        fields = self._rows.view(len(self._sizes), -1).T
-        low, high, sampled = (fields[FIELDS.index(name)] for name in ("low", "high", "sampled"))
-        low.scatter_reduce_(0, self._owners, self._units[0], "amin")
-        high.scatter_reduce_(0, self._owners, self._units[1], "amax")
-        torch.minimum(self._seen[0], self._units[0], out=self._seen[0])
-        torch.maximum(self._seen[1], self._units[1], out=self._seen[1])
-        _forget(self._units)
-        sampled.copy_(fields[len(FIELDS) :].sum(0))
+        (low, high), (seen_low, seen_high) = self._units, self._seen
+        self._field("low").scatter_reduce_(0, self._owners, low, "amin")
+        self._field("high").scatter_reduce_(0, self._owners, high, "amax")
+        torch.minimum(seen_low, low, out=seen_low)
+        torch.maximum(seen_high, high, out=seen_high)
+        self._field("sampled").copy_(self._rows[..., len(FIELDS) :].sum(-1).flatten())
+
+    def _field(self, name: str) -> Tensor:
+        """Return a field of all rows, (2 · modules,)."""
+        return self._rows.view(len(self._sizes), -1)[:, FIELDS.index(name)]
 
     @torch.inference_mode(False)  # it will be written to outside, too
     def _lay_out(self) -> None:
@@ -164,8 +168,7 @@ class Meters:
         sizes = [len(meter.unit_low) for meter in meters]
         ends = [(meter.unit_low, meter.unit_high) for meter in meters]
         self._units = torch.stack([torch.cat(end) for end in zip(*ends, strict=True)])
-        seen = torch.empty_like(self._units)
-        _forget(seen)
+        seen = self._no_units.repeat(1, sum(sizes))
         for old, new in zip(self._seen.split(self._sizes, 1), seen.split(sizes, 1), strict=True):
             new[:, : old.shape[1]] = old
         for meter, units in zip(meters, self._units.split(sizes, 1), strict=True):
@@ -232,11 +235,6 @@ class _Meter:
             self.unit_low = torch.cat([self.unit_low, unseen])
             self.unit_high = torch.cat([self.unit_high, -unseen])
         self.grown = True
-
-
-def _forget(units: Tensor) -> None:
-    """Set extremes (2, units) to what they are of no values."""
-    units[0], units[1] = math.inf, -math.inf
 
 
 def _measure(hook: Any, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
