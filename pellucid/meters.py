@@ -1,7 +1,7 @@
 """Measuring what flows through modules, and back: on the device, into memory laid out before.
 
 Nothing is read back here and nothing grows: hooks add to preallocated sums, whoever uses them
-copies the sums out when it suits. Hooks that only add in place also survive `torch.compile`, in
+copies the rows out when it suits. Hooks that only add in place also survive `torch.compile`, in
 one graph (installed before the first compiled call; later ones are never called).
 
     meters = Meters(leaves(model), device)
@@ -146,7 +146,10 @@ class Meters:
         return (n_dead / n_seen).view(2, -1)  # of no units, NaN
 
     def _gather(self) -> None:
-        """Work out for all modules at once what the hooks leave, so that they have less to do."""
+        """Work out what follows from the hooks' sums, with a few operations for all modules.
+
+        A hook takes 29 for each tensor, most of them on a few numbers: there each one counts.
+        """
         self._lay_out()
         (low, high), (seen_low, seen_high) = self._units, self._seen
         self._field("low").scatter_reduce_(0, self._owners, low, "amin")
@@ -157,7 +160,7 @@ class Meters:
 
     def _field(self, name: str) -> Tensor:
         """Return a field of all rows, (2 · modules,)."""
-        return self._rows.view(len(self._sizes), -1)[:, FIELDS.index(name)]
+        return self._rows.flatten(0, 1)[:, FIELDS.index(name)]
 
     @torch.inference_mode(False)  # it will be written to outside, too
     def _lay_out(self) -> None:
@@ -182,7 +185,7 @@ class _Meter:
     """The sums of one tensor, as views into those of all.
 
     Attributes:
-        unit_low, unit_high: extremes of each unit, to be emptied by whoever reads them.
+        unit_low, unit_high: extremes of each unit; `Meters` empties them.
         grown: whether room for units was made since `Meters` last looked.
     """
 
@@ -195,7 +198,7 @@ class _Meter:
         bounds: tuple[float, float] | None,
     ):
         self.bins, self.table, self.last, self.bounds = bins, table, last, bounds
-        field = dict(zip(FIELDS, row, strict=False))
+        field = {name: row[i] for i, name in enumerate(FIELDS)}
         self.n, self.sum, self.squares = field["n"], field["sum"], field["squares"]
         self.sampled_squares, self.saturated = field["sampled_squares"], field["saturated"]
         self.histogram = row[len(FIELDS) :]
