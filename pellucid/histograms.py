@@ -7,13 +7,15 @@ around zero, and what is beyond the last is counted at the end: nothing is ever 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_MANTISSA, _BIAS = 23, 127  # of IEEE 754's binary32
+_MANTISSA, _BIAS = 7, 127  # of the upper half of IEEE 754's binary32
+_UPPER = int(sys.byteorder == "little")  # which half that is
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Octaves:
         Returns:
             int64, of the shape of `x`.
         """
-        return self.table(x.device)[self._leading(x).long()]
+        return self.table(x.device)[_upper_half(x)]
 
     def add(self, counts: Tensor, x: Tensor, table: Tensor) -> None:
         """Count the values of `x` into `counts` (n_bins,), in place; see `table`.
@@ -65,29 +67,20 @@ class Octaves:
         A look into a table takes a third of the time of the arithmetic that makes it, and a
         thirtieth of a search among edges.
         """
-        index = table.index_select(0, self._leading(x).flatten())
+        index = table.index_select(0, _upper_half(x).flatten())
         counts.scatter_add_(0, index, torch.ones_like(index, dtype=counts.dtype))
 
     def table(self, device: torch.device) -> Tensor:
-        """Return the bin of every way in which the bits of a float can begin, int64.
+        """Return the bin of every way in which the 32 bits of a float can begin, int64 (65536,).
 
-        Sign, exponent and first digits of the mantissa stand side by side: they count the parts of
-        octaves.
+        Sign, exponent and first digits of the mantissa stand side by side: without the sign, they
+        count the parts of octaves.
         """
-        digits = self._digits
-        leading = torch.arange(2 << (8 + digits), device=device) - (1 << (8 + digits))
-        magnitude = leading & ((1 << (8 + digits)) - 1)
+        beginning = torch.arange(1 << 16, device=device)
+        digits = self.parts.bit_length() - 1
+        magnitude = (beginning & 0x7FFF) >> (_MANTISSA - digits)
         magnitude = (magnitude - ((_BIAS + self.lowest) << digits) + 1).clamp(0, self.span + 1)
-        return torch.where(leading < 0, -magnitude, magnitude) + self.zero
-
-    def _leading(self, x: Tensor) -> Tensor:
-        """Return the first bits of each value, as an index into the table."""
-        bits = x.to(torch.float32).view(torch.int32)
-        return (bits >> (_MANTISSA - self._digits)) + (1 << (8 + self._digits))
-
-    @property
-    def _digits(self) -> int:
-        return self.parts.bit_length() - 1
+        return torch.where(beginning > 0x7FFF, -magnitude, magnitude) + self.zero
 
     def edges(self) -> np.ndarray:
         """Return the edges of all bins, (n_bins + 1,), from -inf to inf."""
@@ -95,6 +88,12 @@ class Octaves:
         octave, part = np.divmod(steps, self.parts)
         positive = 2.0 ** (self.lowest + octave) * (1 + part / self.parts)
         return np.concatenate([[-np.inf], -positive[::-1], positive, [np.inf]])
+
+
+def _upper_half(x: Tensor) -> Tensor:
+    """Return the first 16 bits of each value, int32; seen as halves, no arithmetic is needed."""
+    halves = x.to(torch.float32).unsqueeze(-1).view(torch.uint16)
+    return halves.select(-1, _UPPER).int()
 
 
 ACTIVATIONS = Octaves(lowest=-10, highest=6, parts=4)

@@ -1,7 +1,7 @@
 """Measuring what flows through modules, and back: on the device, into memory laid out before.
 
 Nothing is read back here and nothing grows: hooks add to preallocated sums, whoever uses them
-copies the sums out when it suits. Hooks that only add in place also survive `torch.compile`, in
+copies the rows out when it suits. Hooks that only add in place also survive `torch.compile`, in
 one graph (installed before the first compiled call; later ones are never called).
 
     meters = Meters(leaves(model), device)
@@ -65,16 +65,15 @@ class Meters:
 
     Attributes:
         names, types: of the modules.
+        device: where they are measured.
         recording: whether the hooks measure; switch it per batch.
         fired: whether any hook has measured anything yet.
-        rows: float32 (2, modules, fields + bins): first the activations, then the gradients, of
-            each the sums named in `FIELDS` and the histogram, by `ACTIVATIONS` and `GRADIENTS`.
-        tables: of these two, on the device.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], device: torch.device):
         self.names = list(modules)
         self.types = [type(module).__name__ for module in modules.values()]
+        self.device = device
         self._modules = list(modules.values())
         start = torch.tensor([*_START, *[0.0] * ACTIVATIONS.n_bins])
         self._start = start.repeat(2, len(self.names), 1)
@@ -82,16 +81,20 @@ class Meters:
             if bounds(module) is not None:
                 self._start[0, i, FIELDS.index("saturated")] = 0.0
         self._start = self._start.to(device)
-        self.rows = self._start.clone()
-        self.tables = {bins: bins.table(device) for bins in (ACTIVATIONS, GRADIENTS)}
+        self._rows = self._start.clone()
+        tables = ACTIVATIONS.table(device), GRADIENTS.table(device)
         where = units_last(self._modules)
         self._meters = [
             (
-                _Meter(self, (0, i), ACTIVATIONS, last, bounds(module)),
-                _Meter(self, (1, i), GRADIENTS, last, None),
+                _Meter(self._rows[0, i], ACTIVATIONS, tables[0], last, bounds(module)),
+                _Meter(self._rows[1, i], GRADIENTS, tables[1], last, None),
             )
             for i, (module, last) in enumerate(zip(self._modules, where, strict=True))
         ]
+        self._sizes = [0] * 2 * len(self.names)
+        self._no_units = torch.tensor([[math.inf], [-math.inf]], device=device)
+        self._units = self._seen = self._rows.new_empty(2, 0)
+        self._owners = torch.empty(0, dtype=torch.int64, device=device)
         self._hooks: Hooks | None = None
         self.recording = self.fired = False
 
@@ -107,11 +110,22 @@ class Meters:
             self._hooks.remove()
         self._hooks, self.recording = None, False
 
+    @property
+    def rows(self) -> Tensor:
+        """Return what was measured since the last `clear`, always in the same memory.
+
+        Returns:
+            float32 (2, modules, fields + bins): first the activations, then the gradients, of each
+            the sums named in `FIELDS` and the histogram, by `ACTIVATIONS` and `GRADIENTS`.
+        """
+        self._gather()
+        return self._rows
+
     def clear(self) -> None:
-        """Set the rows to what they are when nothing was measured."""
-        self.rows.copy_(self._start)
-        for _, gradient in self._meters:
-            gradient.grown = False
+        """Set the rows to what they are when nothing was measured, and forget what was not read."""
+        self._lay_out()
+        self._rows.copy_(self._start)
+        self._units.copy_(self._no_units)
 
     def take_dead(self) -> Tensor:
         """Return the share of dead units since the last call, and begin anew.
@@ -122,34 +136,73 @@ class Meters:
         Returns:
             float32 (2, modules), NaN where nothing was measured.
         """
-        shares = [[meter.take_dead() for meter in meters] for meters in self._meters]
-        return torch.stack([torch.stack(pair) for pair in shares]).T
+        self._gather()
+        low, high = self._seen
+        n_dead, n_seen = self._rows.new_zeros(2, len(self._sizes))
+        n_dead.index_add_(0, self._owners, (low == high).float())
+        n_seen.index_add_(0, self._owners, (~(low > high)).float())  # NaN was seen
+        self._units.copy_(self._no_units)
+        self._seen.copy_(self._no_units)
+        return (n_dead / n_seen).view(2, -1)  # of no units, NaN
+
+    def _gather(self) -> None:
+        """Work out what follows from the hooks' sums, with a few operations for all modules.
+
+        A hook takes 29 for each tensor, most of them on a few numbers: there each one counts.
+        """
+        self._lay_out()
+        (low, high), (seen_low, seen_high) = self._units, self._seen
+        self._field("low").scatter_reduce_(0, self._owners, low, "amin")
+        self._field("high").scatter_reduce_(0, self._owners, high, "amax")
+        torch.minimum(seen_low, low, out=seen_low)
+        torch.maximum(seen_high, high, out=seen_high)
+        self._field("sampled").copy_(self._rows[..., len(FIELDS) :].sum(-1).flatten())
+
+    def _field(self, name: str) -> Tensor:
+        """Return a field of all rows, (2 · modules,)."""
+        return self._rows.flatten(0, 1)[:, FIELDS.index(name)]
+
+    @torch.inference_mode(False)  # it will be written to outside, too
+    def _lay_out(self) -> None:
+        """Put the units of all meters side by side, if there are new ones."""
+        meters = [meter for kind in zip(*self._meters, strict=True) for meter in kind]
+        if not any(meter.grown for meter in meters):
+            return
+        sizes = [len(meter.unit_low) for meter in meters]
+        ends = [(meter.unit_low, meter.unit_high) for meter in meters]
+        self._units = torch.stack([torch.cat(end) for end in zip(*ends, strict=True)])
+        seen = self._no_units.repeat(1, sum(sizes))
+        for old, new in zip(self._seen.split(self._sizes, 1), seen.split(sizes, 1), strict=True):
+            new[:, : old.shape[1]] = old
+        for meter, units in zip(meters, self._units.split(sizes, 1), strict=True):
+            meter.unit_low, meter.unit_high = units
+            meter.grown = False
+        numbers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        self._seen, self._sizes, self._owners = seen, sizes, numbers.to(self.device)
 
 
 class _Meter:
     """The sums of one tensor, as views into those of all.
 
     Attributes:
-        grown: whether room for units was made since the last `Meters.clear`; kept for gradients.
+        unit_low, unit_high: extremes of each unit; `Meters` empties them.
+        grown: whether room for units was made since `Meters` last looked.
     """
 
     def __init__(
         self,
-        meters: Meters,
-        row: tuple[int, int],
+        row: Tensor,
         bins: Octaves,
+        table: Tensor,
         last: bool,
         bounds: tuple[float, float] | None,
     ):
-        self.bins, self.last, self.bounds = bins, last, bounds
-        self.table = meters.tables[bins]
-        field = {name: meters.rows[(*row, i)] for i, name in enumerate(FIELDS)}
+        self.bins, self.table, self.last, self.bounds = bins, table, last, bounds
+        field = {name: row[i] for i, name in enumerate(FIELDS)}
         self.n, self.sum, self.squares = field["n"], field["sum"], field["squares"]
-        self.low, self.high = field["low"], field["high"]
-        self.sampled, self.sampled_squares = field["sampled"], field["sampled_squares"]
-        self.saturated = field["saturated"]
-        self.histogram = meters.rows[row][len(FIELDS) :]
-        self.unit_low = self.unit_high = self.n.new_empty(0)
+        self.sampled_squares, self.saturated = field["sampled_squares"], field["saturated"]
+        self.histogram = row[len(FIELDS) :]
+        self.unit_low = self.unit_high = row.new_empty(0)
         self.grown = False
 
     def add(self, x: Tensor) -> None:
@@ -159,14 +212,14 @@ class _Meter:
         self.sum.add_(x.sum(dtype=torch.float32))
         self.squares.add_(sum_of_squares(x))
         low, high = unit_extremes(x, self.last)
-        torch.minimum(self.low, low.amin(), out=self.low)
-        torch.maximum(self.high, high.amax(), out=self.high)
-        unit_low, unit_high = self.unit_low[: len(low)], self.unit_high[: len(low)]
+        unit_low, unit_high = self.unit_low, self.unit_high
+        if len(low) < len(unit_low):
+            unit_low, unit_high = unit_low[: len(low)], unit_high[: len(low)]
         torch.minimum(unit_low, low, out=unit_low)
         torch.maximum(unit_high, high, out=unit_high)
         values = sample(x).float()  # half precision cannot hold what follows
-        self.sampled.add_(values.numel())
-        self.sampled_squares.add_((values - values.mean()).square().sum())
+        centred = values - values.mean()
+        self.sampled_squares.add_(centred.dot(centred))
         self.bins.add(self.histogram, values, self.table)
         if self.bounds is not None:
             below, above = self.bounds
@@ -186,19 +239,11 @@ class _Meter:
             self.unit_high = torch.cat([self.unit_high, -unseen])
         self.grown = True
 
-    def take_dead(self) -> Tensor:
-        """Return the share of units that never changed, 0-d, and forget them."""
-        n_dead = (self.unit_low == self.unit_high).sum()
-        n_seen = (~(self.unit_low > self.unit_high)).sum()  # NaN was seen
-        self.unit_low.fill_(math.inf)
-        self.unit_high.fill_(-math.inf)
-        return n_dead / n_seen  # of no units, NaN
-
 
 def _measure(hook: Any, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
     if not hook.meters.recording or _transformed():
         return
-    measurable = [x for x in tensors_in(output) if _is_measurable(x, hook.meters.rows.device)]
+    measurable = [x for x in tensors_in(output) if _is_measurable(x, hook.meters.device)]
     if not measurable:
         return
     x = measurable[0]
@@ -248,7 +293,7 @@ def unit_extremes(x: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         return x.amin().reshape(1), x.amax().reshape(1)
     if last:
         x = x.flatten(0, -2)
-    elif x.ndim > 2 and x[0, 0].numel() >= _LARGE_MAP:
+    elif x.ndim > 2 and math.prod(x.shape[2:]) >= _LARGE_MAP:
         over = (0, *range(2, x.ndim))
         return x.amin(over), x.amax(over)
     low, high = x.amin(0), x.amax(0)
@@ -261,8 +306,8 @@ def sum_of_squares(x: Tensor) -> Tensor:
     Item by item: the norm of a whole large tensor adds naively and is off by 1e-3.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)) or None, dtype=dtype)
-    return norms.square().sum().float()
+    norms = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)) or None, dtype=dtype).flatten()
+    return norms.dot(norms).float()
 
 
 def sample(x: Tensor, n: int = N_SAMPLED) -> Tensor:
@@ -270,12 +315,12 @@ def sample(x: Tensor, n: int = N_SAMPLED) -> Tensor:
 
     Other places of each item are met, since the step shares no factor with the size of an item.
     """
-    values = x.detach().reshape(-1)
+    values = x.reshape(-1)
     if len(values) <= 2 * n:
         return values
-    size = x[0].numel()
+    size = x.numel() // len(x)
     for step in _STEPS:  # rather than by gcd, which torch.compile does not follow
-        if step * n >= len(values) - n and size % step:
+        if step * n >= x.numel() - n and size % step:
             break
     return values[::step]
 

@@ -417,6 +417,32 @@ def test_clearing_begins_anew_in_the_same_memory():
     torch.testing.assert_close(meters.rows, fresh.rows, equal_nan=True)
 
 
+def test_what_was_cleared_unread_is_forgotten():
+    module = nn.ReLU()
+    with Meters({"a": module}, CPU) as meters:
+        meters.recording = True
+        module(torch.rand(6, 4) + 1)
+        meters.clear()
+        module(-torch.ones(3, 4))
+    low, high = FIELDS.index("low"), FIELDS.index("high")
+    assert meters.rows[0, 0, [low, high]].tolist() == [0, 0]
+    assert meters.take_dead()[0, 0] == 1
+
+
+def test_reading_adds_nothing_and_may_come_between_calls():
+    modules = {"a": nn.Tanh(), "b": nn.ReLU()}
+    often, once = Meters(modules, CPU), Meters(modules, CPU)
+    with often, once:
+        often.recording = once.recording = True
+        for width in (4, 7, 2):
+            x = torch.randn(5, width, requires_grad=True)
+            modules["b"](modules["a"](x)).sum().backward()
+            first = often.rows.clone()
+            torch.testing.assert_close(often.rows, first, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(often.rows, once.rows, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(often.take_dead(), once.take_dead())
+
+
 def test_measuring_does_not_bend_a_gradient():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 2))
