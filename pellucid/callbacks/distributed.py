@@ -118,6 +118,8 @@ class Distributed(Callback):
                 stack.enter_context(_told(learn, f"rank {rank()} of {n}, {self.mode}"))
                 if not is_first():
                     _silence(learn)
+                # once more, for what an average has put in the model's place
+                learn.handlers["after_train"].append((self, _share_statistics))
                 stack.enter_context(_sliced(learn))
                 stack.enter_context(self._engine.at_work())
                 yield
@@ -170,7 +172,7 @@ class Distributed(Callback):
         if isinstance(self._engine, Replicas) and self._engine.apart:
             average(gradients(learn.opt))
             self._engine.apart = False
-        average(b for b in learn.model.buffers() if b.is_floating_point())
+        _share_statistics(learn)
 
     def after_validate(self, learn: Learner) -> None:
         """See that all had the same batches."""
@@ -284,6 +286,11 @@ def _sliced(learn: Learner) -> Generator[None]:
             if isinstance(loader, Loader):
                 loader.epoch = vars(learn.data)[name].epoch
         learn.data = data
+
+
+def _share_statistics(learn: Learner) -> None:
+    """Give every process the average of the buffers: batch norm's statistics of all parts."""
+    average(buffer for buffer in learn.model.buffers() if buffer.is_floating_point())
 
 
 def _emptied(leaf: Any, n: int) -> Any:
