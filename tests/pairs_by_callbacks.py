@@ -31,7 +31,16 @@ from torch._dynamo.utils import counters
 from torch.optim import SGD, AdamW
 
 from pellucid import Callback, Learner, muon
-from pellucid.callbacks import EMA, Accumulate, Clip, Distributed, MixUp, Precision, Progress
+from pellucid.callbacks import (
+    EMA,
+    Accumulate,
+    Clip,
+    Compile,
+    Distributed,
+    MixUp,
+    Precision,
+    Progress,
+)
 from pellucid.distributed import rank
 from pellucid.freezing import freeze
 from pellucid.mixing import draw_pairing
@@ -72,6 +81,7 @@ def techniques(row: Row) -> list[Callback]:
         *([Precision(row["precision"])] if row["precision"] != "none" else []),
         *([MixUp(ALPHA, SEED)] if row["mixup"] == "MixUp" else []),
         *([Accumulate(int(row["accumulate"]))] if row["accumulate"] != "none" else []),
+        *([Compile(backend="aot_eager")] if row["compile"] == "compiled" else []),
         *([Distributed("ddp", 60.0)] if row["processes"] == "2" else []),
     ]
 
@@ -81,10 +91,7 @@ def train(row: Row) -> Trained:
     model, watch = cnn(), Watch()
     if row["freeze"] == "frozen":
         freeze(*model[:N_FROZEN])
-    if row["compile"] == "compiled":
-        torch._dynamo.reset()  # a function is compiled so often, then silently no more
-        counters.clear()
-        model.compile(backend="aot_eager", dynamic=True)
+    counters.clear()
     learn = Learner(
         model, (training(), validation()), cost, OPTIMIZERS[row["optimizer"]],
         LRS[row["optimizer"]], callbacks=[Progress("off"), watch, *techniques(row)], device="cpu",

@@ -28,18 +28,9 @@ Draw = Callable[[int, int, int], tuple[float, int]]
 # ── something to train ──────────────────────────────────────────────────────────────────────────
 
 
-class Net(nn.Sequential):
-    """A forward of its own, without which torch 2.13 compiles nothing of it, and does not say."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for module in self:
-            x = module(x)
-        return x
-
-
 def cnn() -> nn.Sequential:
     torch.manual_seed(0)
-    return Net(
+    return nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
         nn.Conv2d(4, 6, 3, stride=2, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
         nn.Flatten(), nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 3),
