@@ -32,7 +32,17 @@ from pellucid import (
     Loader,
     engines,
 )
-from pellucid.callbacks import Accumulate, Clip, Debug, Distributed, NonFinite, Progress
+from pellucid.callbacks import (
+    EMA,
+    SWA,
+    Accumulate,
+    Clip,
+    Debug,
+    Distributed,
+    Lookahead,
+    NonFinite,
+    Progress,
+)
 from pellucid.distributed import as_the_first_says, is_first, rank, world_size
 from pellucid.errors import DataError, NonFiniteLoss
 from pellucid.metrics import MacroF1, accuracy
@@ -420,7 +430,10 @@ class Asked:
 @check
 def own_items():
     data = Asked()
-    make = lambda: DataLoaders(Loader(data, 5, shuffle=True), classes=3)  # noqa: E731
+
+    def make():
+        return DataLoaders(Loader(data, 5, shuffle=True), classes=3)
+
     ours, lone = twins("ddp", make)
     ours.fit(1)
     asked = list(data.asked)
@@ -432,7 +445,10 @@ def own_items():
 def non_finite():
     x, y = items(40)
     x[29] = torch.nan  # in one rank's part of the fourth batch
-    make = lambda: DataLoaders(Loader(TensorDataset(x, y), 8), classes=3)  # noqa: E731
+
+    def make():
+        return DataLoaders(Loader(TensorDataset(x, y), 8), classes=3)
+
     ours, lone = twins("ddp", make, NonFinite("skip"))
     ours.fit(2)
     lone.fit(2)
@@ -485,6 +501,31 @@ def different_batches():
     return {"text": ""}
 
 
+def with_norm():
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+
+def buffers_of(learn):
+    return torch.cat([b.double().reshape(-1) for b in learn.model.buffers()]).tolist()
+
+
+@check
+def statistics_of_averages():
+    """An average of the weights has batch norm's statistics of all parts, in every process."""
+    found = {}
+    for average in (EMA(0.5), SWA(0.0), Lookahead(3)):
+        ours, _ = twins("ddp", arrays(48), model=with_norm)
+        validated, plain = [], []
+        watch = [
+            Debug("before_validate", lambda learn, to=validated: to.append(buffers_of(learn))),
+            Debug("before_train", lambda learn, to=plain: to.append(buffers_of(learn))),
+        ]
+        ours.fit(3, callbacks=[average, *watch])
+        found[type(average).__name__] = {"validated": validated, "plain": plain}
+        found[type(average).__name__]["final"] = buffers_of(ours)
+    return found
+
+
 @check
 def random_numbers():
     drawn, said, sums = [], [], []
@@ -493,14 +534,12 @@ def random_numbers():
         Debug("before_batch", lambda learn: drawn.append(torch.rand(()).item())),
         Debug("after_epoch", lambda learn: said.append(as_the_first_says(RANK + 7.0))),
     ]
-    norm = lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))  # noqa: E731
-    ours, _ = twins("ddp", arrays(48), model=norm)
+    ours, _ = twins("ddp", arrays(48), model=with_norm)
     ours.fit(2, callbacks=look)
-    buffers = torch.cat([b.double().reshape(-1) for b in ours.model.buffers()])
     return {
         "in the fit": drawn[0],
         "after it": torch.rand(()).item(),
-        "buffers": buffers.tolist(),
+        "buffers": buffers_of(ours),
         "first says": said,
         "weights at first": sums,
     }

@@ -163,6 +163,14 @@ def test_dropout_is_drawn_apart_and_all_else_is_alike_before_and_after(two):
     assert one["first says"] == other["first says"] == [7.0, 7.0]
 
 
+@pytest.mark.parametrize("average", ["EMA", "SWA", "Lookahead"])
+def test_an_average_has_the_statistics_of_all_parts(average, two):
+    one, other = (of_rank["statistics_of_averages"][average] for of_rank in two[0])
+    assert one == other
+    assert len(one["validated"]) == 3 and one["final"] == one["validated"][-1]
+    assert one["plain"][0] != one["plain"][1] != one["plain"][2]
+
+
 # ── nothing is left ─────────────────────────────────────────────────────────────────────────────
 
 

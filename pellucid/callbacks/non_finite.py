@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -130,10 +130,12 @@ class NonFinite(Callback):
     def _explain(self, learn: Learner, error: NonFiniteLoss) -> None:
         """Go through the batch again and add to the error what was bad first."""
         what, saw, do = error.args
-        with suppress(Exception):  # this is help, and must not hide the error
+        try:
             found = self._culprit(learn, int(error.batch))
             if found:
                 saw, do = f"{saw}; {found.what}", found.do
+        except Exception as failure:  # this is help, and must not hide the error
+            error.add_note(f"Looking for the culprit failed: {type(failure).__name__}: {failure}")
         if self._stops:
             do += " No step was taken since: the weights are those before that batch."
         else:
