@@ -34,6 +34,7 @@ from ..events import Callback
 from ..learner import Learner
 from ..losses import ready_loss
 from ..optim import gradients
+from ..sharding import in_shards
 
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed? ?out", re.IGNORECASE)
 
@@ -157,7 +158,8 @@ class Distributed(Callback):
             learn.preds = gathered(learn.preds, share)
         if learn.metrics or learn.batches_per_step > 1:
             learn.y = gathered(learn.y, share)
-        learn.x = tree.map_leaves(lambda leaf: _emptied(leaf, share.n_whole), learn.x)
+        each = tree.n_items(learn.x) // max(share.n_own, 1)  # a GAN's critic is given two
+        learn.x = tree.map_leaves(lambda leaf: _emptied(leaf, share.n_whole * each), learn.x)
 
     def after_backward(self, learn: Learner) -> None:
         """Note whether these gradients were averaged."""
@@ -209,7 +211,7 @@ def _check(learn: Learner) -> None:
         )
     if isinstance(learn.opt, LBFGS):
         raise SetupError("LBFGS evaluates a batch several times, which processes cannot share.")
-    if any(hasattr(param, "full_tensor") for param in learn.model.parameters()):
+    if in_shards(learn.model):
         raise SetupError("A fit in shards cannot hold another.", do="look before the fit, or after")
 
 

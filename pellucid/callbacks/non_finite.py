@@ -17,6 +17,7 @@ from ..events import Callback, CancelStep
 from ..learner import Learner
 from ..nonfinite import Culprit, culprit
 from ..optim import gradients, guard, guards
+from ..sharding import zero_if_finite
 from ..snapshot import preserved_buffers, preserved_random_state
 
 _UNHEARD = {
@@ -102,8 +103,7 @@ class NonFinite(Callback):
             if self._spoilt:
                 raise CancelStep
             return
-        for norm in torch._foreach_norm(gradients(learn.opt)):
-            self._sum.add_(norm, alpha=0)
+        self._sum.add_(zero_if_finite(gradients(learn.opt), learn.device))
         torch.ne(self._sum, 0, out=self._bad)
         self._sum.zero_()
         self._n_skipped.add_(self._bad)
