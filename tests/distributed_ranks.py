@@ -32,9 +32,9 @@ from pellucid import (
     Loader,
     engines,
 )
-from pellucid.callbacks import Accumulate, Clip, Debug, Distributed, NonFinite, Progress
+from pellucid.callbacks import Accumulate, Clip, Compile, Debug, Distributed, NonFinite, Progress
 from pellucid.distributed import as_the_first_says, is_first, rank, world_size
-from pellucid.errors import DataError, NonFiniteLoss
+from pellucid.errors import DataError, NonFiniteLoss, SetupError
 from pellucid.metrics import MacroF1, accuracy
 
 TIMEOUT = 60.0
@@ -152,6 +152,21 @@ def other_optimizer():
             "forms": forms,
         }
     return found
+
+
+@check
+def compiled():
+    """The compiled model within DDP, against a plain one alone; shards are not compiled."""
+    ours, lone = twins("ddp", arrays(50, size=7), Accumulate(3))
+    ours.fit(2, callbacks=[Compile(backend="aot_eager")])
+    lone.fit(2)
+    sharded, _ = twins("fsdp", arrays())
+    try:
+        sharded.fit(1, callbacks=[Compile(backend="aot_eager")])
+        refused = ""
+    except SetupError as error:
+        refused = str(error)
+    return apart(ours, lone) | {"refused": refused}
 
 
 class Sharing(Callback):
