@@ -41,6 +41,7 @@ from pellucid.callbacks import (
     Accumulate,
     Best,
     Clip,
+    Compile,
     Debug,
     Distributed,
     Lookahead,
@@ -172,6 +173,21 @@ def other_optimizer():
             "forms": forms,
         }
     return found
+
+
+@check
+def compiled():
+    """The compiled model within DDP, against a plain one alone; shards are not compiled."""
+    ours, lone = twins("ddp", arrays(50, size=7), Accumulate(3))
+    ours.fit(2, callbacks=[Compile(backend="aot_eager")])
+    lone.fit(2)
+    sharded, _ = twins("fsdp", arrays())
+    try:
+        sharded.fit(1, callbacks=[Compile(backend="aot_eager")])
+        refused = ""
+    except SetupError as error:
+        refused = str(error)
+    return apart(ours, lone) | {"refused": refused}
 
 
 class Sharing(Callback):

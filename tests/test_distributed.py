@@ -118,6 +118,12 @@ def test_accumulated_gradients_travel_once_a_step(two):
         ]  # fmt: skip
 
 
+def test_compiled_replicas_are_one_too(two):
+    found = [of_rank["compiled"] for of_rank in two[0]]
+    assert_as_one(found)
+    assert all("nothing in the model that it can compile" in mine["refused"] for mine in found)
+
+
 @pytest.mark.parametrize("loader", ["list", "unsized", "torch"])
 def test_any_loader_is_cut_and_a_shuffled_one_draws_as_rank_0_would_alone(loader, two):
     assert_as_one([of_rank["other_loaders"][loader] for of_rank in two[0]])

@@ -108,7 +108,7 @@ class _Run:
             torch.compile(_of_its_own(_forward_and_loss), backend=backend, mode=mode)
             for _ in ("validation", "training")
         ]
-        self._acts, self._n_items = False, 0
+        self._acts, self._proven, self._n_items = False, False, 0
         self._fused: tuple[Any, ...] | None = None
 
     def begin(self) -> None:
@@ -176,12 +176,20 @@ class _Run:
 
     def _compiled(self, *given: Any) -> tuple[Any, Any]:
         code = self._code[self._learn.training]
-        if not self._graphs:
-            return code(self._model, *given)
-        self._acts = False  # a second call in this batch would write over what backward needs
-        torch.compiler.cudagraph_mark_step_begin()
-        # the next batch writes over it, long before the tally reads
-        return tree.map_leaves(_cloned, code(self._model, *given))
+        if self._graphs:
+            self._acts = False  # a second call in this batch would write over what backward needs
+            torch.compiler.cudagraph_mark_step_begin()
+        n_graphs, found = _n_graphs(), code(self._model, *given)
+        if not self._proven and _n_graphs() == n_graphs:
+            raise SetupError(
+                "torch.compile found nothing in the model that it can compile.",
+                saw=type(self._model).__name__,
+                do='leave Compile out; with TORCH_LOGS="graph_breaks" in the environment torch '
+                'tells why. Of parallel forms it goes with Distributed("ddp").',
+            )
+        self._proven = True
+        # the next batch writes over a graph's memory, long before the tally reads
+        return tree.map_leaves(_cloned, found) if self._graphs else found
 
 
 def _forward_and_loss(
@@ -204,6 +212,10 @@ def _of_its_own(fn: FunctionType) -> FunctionType:
     """
     code = fn.__code__.replace(co_name=f"{fn.__name__}_{next(_NUMBERS)}")
     return FunctionType(code, fn.__globals__, code.co_name, fn.__defaults__)
+
+
+def _n_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def _cloned(leaf: Any) -> Any:
