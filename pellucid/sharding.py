@@ -160,8 +160,8 @@ def zero_if_finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         device: of this process.
     """
     found, own = torch.zeros((), device=device), [own_part(tensor) for tensor in tensors]
-    for norm in torch._foreach_norm(own) if own else ():
-        found.add_(norm, alpha=0)
+    if own:
+        found = torch.stack(torch._foreach_norm(own)).float().sum() * 0
     if any(part is not tensor for part, tensor in zip(own, tensors, strict=True)):
         dist.all_reduce(found)
     return found
