@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .sharding import own_parts
 from .snapshot import preserved_modes
 
 
@@ -31,7 +32,8 @@ class Averages:
             opt.step()
             averages.draw(model, 0.001)  # an exponential average: 0.999 old, 0.001 new
 
-    What is no floating-point number, batch norm's counter for instance, is copied instead.
+    What is no floating-point number, batch norm's counter for instance, is copied instead. Of a
+    model in shards each process averages its own.
 
     Args:
         model: any module; its structure must not change.
@@ -62,7 +64,7 @@ class Averages:
 
 
 def _tensors(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    every = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+    every = own_parts(model)
     floats = [tensor for tensor in every if tensor.is_floating_point()]
     return floats, [tensor for tensor in every if not tensor.is_floating_point()]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,16 +31,20 @@ def gradient_checkpointing(modules: Iterable[nn.Module]) -> Generator[None]:
     changed = [(module, vars(module).get("forward")) for module in modules]
     try:
         for module, _ in changed:
-            again = partial(_both_passes, module)
-            module.forward = partial(
-                checkpoint, module.forward, use_reentrant=False, context_fn=again
-            )
+            module.forward = partial(_twice, module, module.forward)
         yield
     finally:
         for module, forward in changed:
             vars(module).pop("forward", None)
             if forward is not None:
                 module.forward = forward
+
+
+def _twice(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    again = partial(_both_passes, module)
+    if torch.compiler.is_compiling():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=again, **kwargs)
 
 
 def _both_passes(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:

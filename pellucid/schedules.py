@@ -12,10 +12,27 @@ also pickles, compares and shows its arguments.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch.optim import Optimizer
 
 from .errors import SetupError
 
 Schedule = Callable[[float], float]
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """A callback that follows schedules; `learn.plan()` draws them."""
+
+    def curves(self, opt: Optimizer, epochs: int) -> dict[str, Schedule]:
+        """Return by name what will be set for a batch, as a function of the position in the run.
+
+        Args:
+            opt: the optimiser of the fit.
+            epochs: how long it shall be.
+        """
+        ...
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,17 @@ Zhao et al., 2023, "PyTorch FSDP: experiences on scaling fully sharded data para
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from .distributed import world_size
+from .joint import Joint
 
 
 def sharded(model: nn.Module, device: torch.device) -> Any:
@@ -77,26 +79,40 @@ def of_shards(opt: Optimizer, model: nn.Module, twin: nn.Module) -> Generator[No
     """
     shard_of = dict(zip(model.parameters(), twin.parameters(), strict=True))
     param_of = {shard: param for param, shard in shard_of.items()}
-    forms = [{name: group.get(name) for name in ("fused", "foreach")} for group in opt.param_groups]
-    plain = not isinstance(opt, Adam | AdamW) and any(form["fused"] for form in forms)
-    guards = vars(opt).get("_step_supports_amp_scaling")
-    if plain:  # torch 2.13 has no other fused kernels for shards
-        vars(opt)["_step_supports_amp_scaling"] = False
-        for group in opt.param_groups:
-            group |= {"fused": False, "foreach": True}
-    try:
-        _exchange(opt, shard_of, _scattered)
+    parts = opt.parts if isinstance(opt, Joint) else [opt]
+    with ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(_in_a_form_for_shards(part))
+        try:
+            _exchange(opt, shard_of, _scattered)
+            yield
+            _exchange(opt, param_of, lambda value, like: _whole(value))
+        except BaseException:
+            opt.state.clear()
+            _exchange(opt, param_of, lambda value, like: value)
+            raise
+
+
+@contextmanager
+def _in_a_form_for_shards(opt: Optimizer) -> Generator[None]:
+    """Let an optimiser take its foreach form in a block, where torch 2.13 has no fused kernel."""
+    groups = opt.param_groups
+    forms = [
+        {name: group[name] for name in ("fused", "foreach") if name in group} for group in groups
+    ]
+    if isinstance(opt, Adam | AdamW) or not any(form.get("fused") for form in forms):
         yield
-        _exchange(opt, param_of, lambda value, like: _whole(value))
-    except BaseException:
-        opt.state.clear()
-        _exchange(opt, param_of, lambda value, like: value)
-        raise
+        return
+    guards = vars(opt).get("_step_supports_amp_scaling")
+    vars(opt)["_step_supports_amp_scaling"] = False
+    for group in groups:
+        group |= {"fused": False, "foreach": True}
+    try:
+        yield
     finally:
-        if plain:
-            vars(opt)["_step_supports_amp_scaling"] = guards
-            for group, form in zip(opt.param_groups, forms, strict=True):
-                group |= form
+        vars(opt)["_step_supports_amp_scaling"] = guards
+        for group, form in zip(groups, forms, strict=True):
+            group |= form
 
 
 def _exchange(opt: Optimizer, other: dict[Any, Any], turned: Callable[[Any, Any], Any]) -> None:
@@ -113,6 +129,42 @@ def _scattered(value: Any, like: Any) -> Any:
     if not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+def in_shards(model: nn.Module) -> bool:
+    """Say whether a model's parameters are shards."""
+    return any(hasattr(param, "full_tensor") for param in model.parameters())
+
+
+def own_part(tensor: Any) -> Tensor:
+    """Return what this process holds of a tensor: its shard, which shares memory, or all of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def own_parts(model: nn.Module) -> list[Tensor]:
+    """Return what this process holds of a model's parameters and buffers, without gradients.
+
+    What is gathered for a forward pass without a backward is given up first.
+    """
+    if hasattr(model, "reshard"):
+        for module in model.modules():
+            getattr(module, "reshard", lambda: None)()
+    return [own_part(tensor.detach()) for tensor in (*model.parameters(), *model.buffers())]
+
+
+def zero_if_finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return 0 if all numbers are finite, else NaN: 0-d float32, of shards the same everywhere.
+
+    Args:
+        tensors: all on the device; none give 0.
+        device: of this process.
+    """
+    found, own = torch.zeros((), device=device), [own_part(tensor) for tensor in tensors]
+    if own:
+        found = torch.stack(torch._foreach_norm(own)).float().sum() * 0
+    if any(part is not tensor for part, tensor in zip(own, tensors, strict=True)):
+        dist.all_reduce(found)
+    return found
 
 
 def _whole(value: Any) -> Any:

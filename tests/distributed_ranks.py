@@ -6,6 +6,7 @@
 Each rank writes what it found to FOLDER/rank<r>.json; the tests judge it.
 """
 
+import copy
 import gc
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import sys
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,10 +34,29 @@ from pellucid import (
     Loader,
     engines,
 )
-from pellucid.callbacks import Accumulate, Clip, Debug, Distributed, NonFinite, Progress
+from pellucid.callbacks import (
+    EMA,
+    LSUV,
+    SWA,
+    Accumulate,
+    Best,
+    Clip,
+    Compile,
+    Debug,
+    Distributed,
+    Lookahead,
+    NonFinite,
+    Precision,
+    Progress,
+    TakeTurns,
+)
+from pellucid.callbacks import non_finite as module_of_non_finite
 from pellucid.distributed import as_the_first_says, is_first, rank, world_size
-from pellucid.errors import DataError, NonFiniteLoss
+from pellucid.errors import DataError, NonFiniteLoss, SetupError
+from pellucid.gan import GAN, gan_batch, wasserstein
 from pellucid.metrics import MacroF1, accuracy
+from pellucid.muon import Muon
+from pellucid.roles import ByRole
 
 TIMEOUT = 60.0
 """Seconds; this machine may be busy."""
@@ -152,6 +173,21 @@ def other_optimizer():
             "forms": forms,
         }
     return found
+
+
+@check
+def compiled():
+    """The compiled model within DDP, against a plain one alone; shards are not compiled."""
+    ours, lone = twins("ddp", arrays(50, size=7), Accumulate(3))
+    ours.fit(2, callbacks=[Compile(backend="aot_eager")])
+    lone.fit(2)
+    sharded, _ = twins("fsdp", arrays())
+    try:
+        sharded.fit(1, callbacks=[Compile(backend="aot_eager")])
+        refused = ""
+    except SetupError as error:
+        refused = str(error)
+    return apart(ours, lone) | {"refused": refused}
 
 
 class Sharing(Callback):
@@ -420,7 +456,10 @@ class Asked:
 @check
 def own_items():
     data = Asked()
-    make = lambda: DataLoaders(Loader(data, 5, shuffle=True), classes=3)  # noqa: E731
+
+    def make():
+        return DataLoaders(Loader(data, 5, shuffle=True), classes=3)
+
     ours, lone = twins("ddp", make)
     ours.fit(1)
     asked = list(data.asked)
@@ -432,7 +471,10 @@ def own_items():
 def non_finite():
     x, y = items(40)
     x[29] = torch.nan  # in one rank's part of the fourth batch
-    make = lambda: DataLoaders(Loader(TensorDataset(x, y), 8), classes=3)  # noqa: E731
+
+    def make():
+        return DataLoaders(Loader(TensorDataset(x, y), 8), classes=3)
+
     ours, lone = twins("ddp", make, NonFinite("skip"))
     ours.fit(2)
     lone.fit(2)
@@ -485,6 +527,31 @@ def different_batches():
     return {"text": ""}
 
 
+def with_norm():
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+
+def buffers_of(learn):
+    return torch.cat([b.double().reshape(-1) for b in learn.model.buffers()]).tolist()
+
+
+@check
+def statistics_of_averages():
+    """An average of the weights has batch norm's statistics of all parts, in every process."""
+    found = {}
+    for average in (EMA(0.5), SWA(0.0), Lookahead(3)):
+        ours, _ = twins("ddp", arrays(48), model=with_norm)
+        validated, plain = [], []
+        watch = [
+            Debug("before_validate", lambda learn, to=validated: to.append(buffers_of(learn))),
+            Debug("before_train", lambda learn, to=plain: to.append(buffers_of(learn))),
+        ]
+        ours.fit(3, callbacks=[average, *watch])
+        found[type(average).__name__] = {"validated": validated, "plain": plain}
+        found[type(average).__name__]["final"] = buffers_of(ours)
+    return found
+
+
 @check
 def random_numbers():
     drawn, said, sums = [], [], []
@@ -493,17 +560,162 @@ def random_numbers():
         Debug("before_batch", lambda learn: drawn.append(torch.rand(()).item())),
         Debug("after_epoch", lambda learn: said.append(as_the_first_says(RANK + 7.0))),
     ]
-    norm = lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))  # noqa: E731
-    ours, _ = twins("ddp", arrays(48), model=norm)
+    ours, _ = twins("ddp", arrays(48), model=with_norm)
     ours.fit(2, callbacks=look)
-    buffers = torch.cat([b.double().reshape(-1) for b in ours.model.buffers()])
     return {
         "in the fit": drawn[0],
         "after it": torch.rand(()).item(),
-        "buffers": buffers.tolist(),
+        "buffers": buffers_of(ours),
         "first says": said,
         "weights at first": sums,
     }
+
+
+# ── techniques in shards, and halves in turn ────────────────────────────────────────────────────
+
+
+class Rooted(nn.Module):
+    """Has parameters of its own, which stay gathered after a look, and others in a container."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(RANK)
+        self.first = nn.Linear(6, 15, bias=False)
+        self.body = nn.Sequential(nn.BatchNorm1d(15), nn.Linear(15, 15), nn.ReLU())
+        self.head = nn.Linear(15, 3)
+
+    def forward(self, x):
+        return self.head(self.body(self.first(x)))
+
+
+class RootedWithoutNorm(Rooted):
+    def __init__(self):
+        super().__init__()
+        self.body[0] = nn.Identity()
+
+
+momentum = partial(SGD, momentum=0.9)
+by_role = ByRole(AdamW, {"matrix": Muon})
+by_role_sgd = ByRole(momentum, {"matrix": Muon})
+
+IN_SHARDS = {
+    "EMA": ([EMA(0.5), Looking()], AdamW),
+    "SWA": ([SWA(0.0)], momentum),
+    "Lookahead": ([Lookahead(3), Best()], AdamW),
+    "ByRole": ([], by_role),
+    "ByRole, SGD": ([EMA(0.5)], by_role_sgd),
+    "skip": ([NonFinite("skip")], AdamW),
+    "skip, unfused": ([NonFinite("skip")], momentum),
+    "skip, ByRole": ([NonFinite("skip")], by_role),
+    "stop on the device": ([NonFinite("stop")], by_role),
+    "fp16": ([Precision("fp16")], AdamW),
+    "fp16, unfused": ([Precision("fp16")], momentum),
+    "fp16, ByRole": ([Precision("fp16"), Accumulate(2)], by_role_sgd),
+}
+
+
+def with_a_bad_item():
+    x, y = items(48)
+    x[29] = torch.nan
+    return DataLoaders(Loader(TensorDataset(x, y), 7), [(x[:9], y[:9])], classes=3)
+
+
+def trained(mode, model, data, callbacks, opt_func):
+    many = [] if mode == "alone" else [Distributed(mode, TIMEOUT)]
+    first = as_on_rank_0(model) if mode == "alone" else model()
+    one = learner(data(), first, *many, *copy.deepcopy(callbacks), opt_func=opt_func)
+    one.fit(2)
+    return one
+
+
+@check
+def in_shards():
+    """Against one process, without batch norm; or against replicas, with it or in fp16."""
+    found = {}
+    on_host = module_of_non_finite._is_host
+    for name, (callbacks, opt_func) in IN_SHARDS.items():
+        data = with_a_bad_item if "skip" in name else arrays(48, size=7)
+        if "device" in name:
+            module_of_non_finite._is_host = lambda device: False
+        found[name] = {}
+        for other, model in (("alone", RootedWithoutNorm), ("ddp", Rooted)):
+            if (other == "alone" and "fp16" in name) or (other == "ddp" and opt_func is by_role):
+                continue
+            one, two = (trained(mode, model, data, callbacks, opt_func) for mode in ("fsdp", other))
+            pairs = zip(one.model.buffers(), two.model.buffers(), strict=True)
+            validated = [run.record.epochs["valid/loss"].tolist() for run in (one, two)]
+            found[name][other] = apart(one, two) | {
+                "buffers": [(a.double() - b.double()).abs().max().item() for a, b in pairs],
+                "validated": difference(*validated),
+                "skipped": "skip" in name and one.record.epochs["train/skipped"].tolist(),
+            }
+        module_of_non_finite._is_host = on_host
+    return found
+
+
+def cnn():
+    torch.manual_seed(RANK)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 5, 2, padding=1, bias=False), nn.BatchNorm2d(5),
+        nn.ReLU(), nn.Conv2d(5, 7, 2), nn.Flatten(), nn.Linear(42, 3),
+    )  # fmt: skip
+
+
+@check
+def convolutions_in_shards():
+    """Channels-last is for whole models; Muon takes filters that are cut unevenly."""
+    muon, callbacks = ByRole(AdamW, {"conv": Muon}), [Precision("bf16"), EMA(0.5)]
+    return apart(*(trained(mode, cnn, arrays(48), callbacks, muon) for mode in ("fsdp", "ddp")))
+
+
+@check
+def layers_set_by_a_batch():
+    """LSUV has another part of it in each process, and the weights become rank 0's."""
+    ours = trained("ddp", mlp, arrays(48), [LSUV(tol=0.5)], AdamW)
+    try:
+        trained("fsdp", mlp, arrays(48), [LSUV()], AdamW)
+    except SetupError as error:
+        return {"sum": flat(ours.model).sum().item(), "refused": str(error)}
+    return {}
+
+
+class Gan(GAN):
+    """Takes what the data are for noise, so that it is alike everywhere."""
+
+    def __init__(self):
+        torch.manual_seed(RANK)
+        critic = [nn.Linear(6, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1, bias=False), nn.Flatten(0)]
+        generator = [nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6)]
+        super().__init__(nn.Sequential(*generator), nn.Sequential(*critic), 3)
+
+    def noise(self, like):
+        return like[:, :3].flip(1)
+
+
+@check
+def turns():
+    found = {}
+    batches = [(part,) for part in items(50)[0].split(7)]
+
+    def data():
+        return DataLoaders(batches, batches[:2])
+
+    for name, opt_funcs, more in (
+        ("one optimiser", None, ()),
+        ("two", {"critic": AdamW, "generator": momentum}, (Accumulate(2),)),
+    ):
+        turns = TakeTurns({"critic": 3, "generator": 1}, gan_batch, opt_funcs)
+        both = twins("ddp", data, copy.deepcopy(turns), *more, model=Gan,
+                     loss_func=wasserstein, metrics=())  # fmt: skip
+        for one in both:
+            one.fit(3)
+        found[name] = apart(*both)
+    ours, _ = twins("fsdp", data, turns, model=Gan, loss_func=wasserstein, metrics=())
+    try:
+        ours.fit(1)
+    except SetupError as error:
+        found["refused"] = str(error)
+    return found
 
 
 # ── what ends badly ─────────────────────────────────────────────────────────────────────────────

@@ -118,6 +118,12 @@ def test_accumulated_gradients_travel_once_a_step(two):
         ]  # fmt: skip
 
 
+def test_compiled_replicas_are_one_too(two):
+    found = [of_rank["compiled"] for of_rank in two[0]]
+    assert_as_one(found)
+    assert all("nothing in the model that it can compile" in mine["refused"] for mine in found)
+
+
 @pytest.mark.parametrize("loader", ["list", "unsized", "torch"])
 def test_any_loader_is_cut_and_a_shuffled_one_draws_as_rank_0_would_alone(loader, two):
     assert_as_one([of_rank["other_loaders"][loader] for of_rank in two[0]])
@@ -161,6 +167,51 @@ def test_dropout_is_drawn_apart_and_all_else_is_alike_before_and_after(two):
     assert one["buffers"] == other["buffers"]
     assert one["weights at first"] == other["weights at first"]
     assert one["first says"] == other["first says"] == [7.0, 7.0]
+
+
+@pytest.mark.parametrize("average", ["EMA", "SWA", "Lookahead"])
+def test_an_average_has_the_statistics_of_all_parts(average, two):
+    one, other = (of_rank["statistics_of_averages"][average] for of_rank in two[0])
+    assert one == other
+    assert len(one["validated"]) == 3 and one["final"] == one["validated"][-1]
+    assert one["plain"][0] != one["plain"][1] != one["plain"][2]
+
+
+@pytest.mark.parametrize("name", [
+    "EMA", "SWA", "Lookahead", "ByRole", "ByRole, SGD", "skip", "skip, unfused", "skip, ByRole",
+    "stop on the device", "fp16", "fp16, unfused", "fp16, ByRole",
+])  # fmt: skip
+def test_a_technique_in_shards_is_what_it_is_without(name, two):
+    one, other = (of_rank["in_shards"][name] for of_rank in two[0])
+    assert one
+    for without in one:
+        assert one[without]["sum"] == other[without]["sum"]
+        for mine in (one[without], other[without]):
+            assert mine["weights"] <= 1e-6 and mine["validated"] <= 1e-5
+            assert max(mine["buffers"], default=0.0) <= 1e-6
+            assert mine["skipped"] == ([1, 1] if "skip" in name else False)
+
+
+def test_a_convolution_in_shards_may_compute_in_half(two):
+    one, other = (of_rank["convolutions_in_shards"] for of_rank in two[0])
+    assert one == other
+    assert one["counts"] and one["weights"] <= 2e-3  # bf16, in two layouts
+
+
+def test_lsuv_sets_the_same_weights_everywhere_and_refuses_shards(two):
+    one, other = (of_rank["layers_set_by_a_batch"] for of_rank in two[0])
+    assert one == other
+    assert "LSUV cannot set layers in shards" in one["refused"]
+
+
+@pytest.mark.parametrize("name", ["one optimiser", "two"])
+def test_halves_take_turns_as_in_one_process(name, two):
+    assert_as_one([of_rank["turns"][name] for of_rank in two[0]])
+
+
+def test_halves_in_shards_are_refused(two):
+    for of_rank in two[0]:
+        assert "in shards cannot take turns" in of_rank["turns"]["refused"]
 
 
 # ── nothing is left ─────────────────────────────────────────────────────────────────────────────

@@ -334,3 +334,33 @@ def test_double_precision_by_default_goes_too(action, opt_func):
 def test_another_word_is_refused():
     with pytest.raises(SetupError, match='"stop", "skip" or "log"'):
         NonFinite("raise")
+
+
+class AnotherForward(nn.Module):
+    """Give NaN in one batch, and fail when that is computed again."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen = nn.Linear(6, 3), 0
+
+    def forward(self, x):
+        self.seen += 1
+        if not torch.is_grad_enabled():
+            raise TypeError("called again")
+        return self.layer(x) * (math.nan if self.seen == AT else 1)
+
+
+def test_a_search_that_fails_is_told_and_hides_nothing(quiet):
+    learn = Learner(AnotherForward(), data(), F.cross_entropy, SGD, 0.05, device="cpu")
+    with pytest.raises(NonFiniteLoss, match="became nan in epoch 0, batch 4") as caught:
+        learn.fit(1, callbacks=[quiet])
+    [note] = [n for n in caught.value.__notes__ if "culprit" in n]
+    assert note == "Looking for the culprit failed: TypeError: called again"
+    assert "No step was taken since" in str(caught.value)
+
+
+def test_a_search_that_ends_leaves_no_note(quiet):
+    learn = Learner(mlp(), data(3), F.cross_entropy, SGD, 0.05, device="cpu")
+    with pytest.raises(NonFiniteLoss, match="not finite in item") as caught:
+        learn.fit(1, callbacks=[quiet])
+    assert not any("culprit" in n for n in getattr(caught.value, "__notes__", ()))

@@ -11,7 +11,7 @@ from torch.amp import GradScaler
 from torch.optim import SGD, AdamW, RMSprop
 
 from pellucid import Callback, DataLoaders, Learner
-from pellucid.callbacks import Accumulate, Clip, NonFinite, Precision, Progress
+from pellucid.callbacks import Accumulate, Clip, Debug, NonFinite, Precision, Progress
 from pellucid.device import choose_precision
 from pellucid.errors import NonFiniteLoss, SetupError
 from pellucid.optim import params_of
@@ -46,13 +46,12 @@ def by_hand(dtype, opt_func, accumulate=1, clip=None) -> nn.Module:
         for i, (x, y) in enumerate(batches()):
             with torch.autocast("cpu", dtype):
                 loss = F.cross_entropy(model(x), y)
-            scaler.scale(loss * len(x) if accumulate > 1 else loss).backward()
+            scaler.scale(loss).backward()
             if (i + 1) % accumulate:
                 continue
             scaler.unscale_(opt)
-            if accumulate > 1:
-                for param in model.parameters():
-                    param.grad /= accumulate * len(x)
+            for param in model.parameters():
+                param.grad /= accumulate
             if clip:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             scaler.step(opt)
@@ -83,9 +82,16 @@ def test_clipping_sees_true_gradients():
 def test_accumulation_sees_a_factor_that_stays():
     learn = learner(Precision("fp16"), Accumulate(3), Clip(norm=0.1))
     learn.fit(2)
-    theirs = by_hand(torch.float16, SGD, accumulate=3, clip=0.1)
-    pairs = zip(learn.model.parameters(), theirs.parameters(), strict=True)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+    assert same_bits(learn.model, by_hand(torch.float16, SGD, accumulate=3, clip=0.1))
+
+
+def test_accumulation_overflows_no_sooner():
+    """The gradient is that of a mean all along, not of a sum over 8 items, then 24."""
+    scales = []
+    watch = Debug("after_batch", lambda learn: scales.append(precision._scaler.get_scale()))
+    precision = Precision("fp16")
+    learner(precision, Accumulate(3), watch).fit(2)
+    assert scales == [65536.0] * 12
 
 
 class Large(Callback):

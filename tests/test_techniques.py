@@ -15,11 +15,14 @@ from torch.optim import SGD
 
 from pellucid import Callback, DataLoaders, Learner, Loader
 from pellucid.callbacks import (
+    EMA,
     Accumulate,
     BatchSize,
+    Debug,
     GradientCheckpointing,
     ImageSize,
     LabelSmoothing,
+    Lookahead,
     MaxTime,
     MixUp,
     OneCycle,
@@ -469,6 +472,48 @@ def test_schedules_are_not_bent_by_the_batch_size():
         epochs = np.unique(learn.record["epoch"], return_index=True)[1]
         rates.append(learn.record["lr"][epochs].tolist())
     assert rates[0] == pytest.approx(rates[1])
+
+
+class Shown(Callback):
+    """Has a schedule of its own."""
+
+    def after_batch(self, learn):
+        pass
+
+    def curves(self, opt, epochs):
+        return {"own": lambda position: 3 * position}
+
+
+def test_the_plan_is_what_the_fit_does():
+    x, y = torch.rand(30, 1, 16, 24), torch.arange(30) % 3
+    loader = Loader(ArrayDataset(x, y), 7, shuffle=True)
+    seen = {"batch size": [], "image size": [], "own": []}
+
+    def note(learn):
+        seen["batch size"].append(loader.batch_size)
+        seen["image size"].append(learn.x.shape[3] / x.shape[3])
+        seen["own"].append(3 * learn.progress)
+
+    callbacks = [
+        BatchSize(combine([0.4, 0.6], [constant(8), constant(13)])),
+        ImageSize(combine([0.5, 0.5], [linear(0.5, 1), constant(1)]), multiple=1),
+        OneCycle(0.1), EMA(lambda p: 0.9 * p), Lookahead(2, lambda p: 1 - p), EMA(0.5), Shown(),
+    ]  # fmt: skip
+    learn = learner(DataLoaders(loader), model=pooled)
+    panels = learn.plan(3, callbacks).axes
+    drawn = {axes.get_title(): list(line.get_ydata()) for axes in panels for line in axes.lines}
+    assert (loader.batch_size, loader.epoch) == (7, 0)
+    learn.fit(3, callbacks=[*callbacks[:3], Debug("after_predict", note)])
+    positions = [(epoch + i / n) / 3 for epoch, n in enumerate((4, 4, 3)) for i in range(n)]
+    assert drawn["lr"] == learn.record["lr"].tolist()
+    assert drawn["batch size"] == seen["batch size"] == [8] * 8 + [13] * 3
+    assert drawn["image size"] == pytest.approx(seen["image size"], abs=0.5 / x.shape[3])
+    assert drawn["EMA decay"] == pytest.approx([0.9 * p for p in positions])
+    assert drawn["Lookahead pull"] == pytest.approx([1 - p for p in positions])
+    assert drawn["own"] == pytest.approx(seen["own"])
+    assert set(drawn) == {"lr", "batch size", "image size", "EMA decay", "Lookahead pull", "own"}
+    with pytest.raises(SetupError, match="Loader alone"):
+        learner(batches(4)).plan(1, callbacks[:1])
 
 
 def test_a_size_that_cannot_be_set_is_refused():

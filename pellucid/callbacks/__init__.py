@@ -5,6 +5,7 @@ from .batch_size import BatchSize
 from .best import Best
 from .clip import Clip
 from .clocks import Clocks
+from .compile import Compile
 from .debug import Debug
 from .distributed import Distributed
 from .early_stopping import EarlyStopping
@@ -34,6 +35,7 @@ __all__ = [
     "Best",
     "Clip",
     "Clocks",
+    "Compile",
     "CutMix",
     "Debug",
     "Distributed",

@@ -42,6 +42,7 @@ class Accumulate(Callback):
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise SetupError("Accumulate takes a number of batches, 1 or more.", saw=repr(n))
         self.n, self.weigh = n, weigh
+        self._unit: float | Tensor | None = None
         self._held: float | Tensor = 0  # the weight of all batches whose gradients are kept
         self._added: float | Tensor = 0
 
@@ -50,15 +51,18 @@ class Accumulate(Callback):
         """Tell the loop how many batches a step takes in this fit."""
         if isinstance(learn.opt, LBFGS):
             raise SetupError("LBFGS evaluates a batch several times, which cannot be accumulated.")
-        self._held, self._added, learn.batches_per_step = 0, 0, self.n
+        self._unit, self._held, self._added, learn.batches_per_step = None, 0, 0, self.n
         yield
 
     def after_loss(self, learn: Learner) -> None:
-        """Let the gradient be that of the sum over the batch; the loss stays the mean."""
+        """Let the gradient have the batch's weight; the loss stays the mean."""
         if learn.training and learn.loss.requires_grad:
             self._held = self._held + self._added  # if another kept the gradients before
-            self._added = weight = self.weigh(learn) if self.weigh else tree.n_items(learn.x)
-            learn.loss.register_hook(lambda gradient: gradient * weight)
+            weight = self.weigh(learn) if self.weigh else tree.n_items(learn.x)
+            if self._unit is None:  # those of a sum over items would overflow in half precision
+                self._unit = weight + (weight == 0)
+            self._added = share = weight / self._unit
+            learn.loss.register_hook(lambda gradient: gradient * share)
 
     def after_backward(self, learn: Learner) -> None:
         """Keep the gradients, or make them those of the mean over the window."""

@@ -1,7 +1,11 @@
 """A batch size that changes from epoch to epoch."""
 
+import copy
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
+
+from torch.optim import Optimizer
 
 from ..data import Loader
 from ..errors import SetupError
@@ -41,13 +45,7 @@ class BatchSize(Callback):
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:
         """Give the loader its own size back at the end."""
-        loader = learn.data.train
-        if not isinstance(loader, Loader):
-            raise SetupError(
-                "BatchSize changes the size of a pellucid.data.Loader alone.",
-                saw=type(loader).__name__,
-                do="load with Loader(dataset, batch_size=64, shuffle=True).",
-            )
+        loader = _checked(learn.data.train)
         size = loader.batch_size
         try:
             yield
@@ -56,7 +54,30 @@ class BatchSize(Callback):
 
     def before_epoch(self, learn: Learner) -> None:
         """Set the size for this epoch."""
-        size = round(self.schedule(learn.epoch / learn.n_epochs))
+        learn.data.train.batch_size = self._size(learn.epoch / learn.n_epochs)
+
+    def sized(self, loader: Any, position: float) -> Loader:
+        """Return a loader as it will be in the epoch that begins at a position in the run."""
+        loader = copy.copy(_checked(loader))
+        loader.batch_size = self._size(position)
+        return loader
+
+    def curves(self, opt: Optimizer, epochs: int) -> dict[str, Schedule]:
+        """Return the size by the position in the run; it changes where an epoch begins."""
+        return {"batch size": lambda position: self._size(int(position * epochs + 1e-9) / epochs)}
+
+    def _size(self, position: float) -> int:
+        size = round(self.schedule(position))
         if size < 1:
             raise SetupError("A batch must have one item or more.", saw=f"a size of {size}")
-        learn.data.train.batch_size = size
+        return size
+
+
+def _checked(loader: Any) -> Loader:
+    if not isinstance(loader, Loader):
+        raise SetupError(
+            "BatchSize changes the size of a pellucid.data.Loader alone.",
+            saw=type(loader).__name__,
+            do="load with Loader(dataset, batch_size=64, shuffle=True).",
+        )
+    return loader

@@ -34,6 +34,7 @@ from ..events import Callback
 from ..learner import Learner
 from ..losses import ready_loss
 from ..optim import gradients
+from ..sharding import in_shards
 
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed? ?out", re.IGNORECASE)
 
@@ -118,6 +119,8 @@ class Distributed(Callback):
                 stack.enter_context(_told(learn, f"rank {rank()} of {n}, {self.mode}"))
                 if not is_first():
                     _silence(learn)
+                # once more, for what an average has put in the model's place
+                learn.handlers["after_train"].append((self, _share_statistics))
                 stack.enter_context(_sliced(learn))
                 stack.enter_context(self._engine.at_work())
                 yield
@@ -155,7 +158,8 @@ class Distributed(Callback):
             learn.preds = gathered(learn.preds, share)
         if learn.metrics or learn.batches_per_step > 1:
             learn.y = gathered(learn.y, share)
-        learn.x = tree.map_leaves(lambda leaf: _emptied(leaf, share.n_whole), learn.x)
+        each = tree.n_items(learn.x) // max(share.n_own, 1)  # a GAN's critic is given two
+        learn.x = tree.map_leaves(lambda leaf: _emptied(leaf, share.n_whole * each), learn.x)
 
     def after_backward(self, learn: Learner) -> None:
         """Note whether these gradients were averaged."""
@@ -170,7 +174,7 @@ class Distributed(Callback):
         if isinstance(self._engine, Replicas) and self._engine.apart:
             average(gradients(learn.opt))
             self._engine.apart = False
-        average(b for b in learn.model.buffers() if b.is_floating_point())
+        _share_statistics(learn)
 
     def after_validate(self, learn: Learner) -> None:
         """See that all had the same batches."""
@@ -207,7 +211,7 @@ def _check(learn: Learner) -> None:
         )
     if isinstance(learn.opt, LBFGS):
         raise SetupError("LBFGS evaluates a batch several times, which processes cannot share.")
-    if any(hasattr(param, "full_tensor") for param in learn.model.parameters()):
+    if in_shards(learn.model):
         raise SetupError("A fit in shards cannot hold another.", do="look before the fit, or after")
 
 
@@ -284,6 +288,11 @@ def _sliced(learn: Learner) -> Generator[None]:
             if isinstance(loader, Loader):
                 loader.epoch = vars(learn.data)[name].epoch
         learn.data = data
+
+
+def _share_statistics(learn: Learner) -> None:
+    """Give every process the average of the buffers: batch norm's statistics of all parts."""
+    average(buffer for buffer in learn.model.buffers() if buffer.is_floating_point())
 
 
 def _emptied(leaf: Any, n: int) -> Any:

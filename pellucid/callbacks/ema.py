@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
+
+from torch.optim import Optimizer
 
 from ..averaging import Averages, warm_decay
 from ..errors import SetupError
 from ..events import Callback
 from ..learner import Learner
+from ..schedules import Schedule
 
 
 class EMA(Callback):
@@ -32,7 +35,7 @@ class EMA(Callback):
     changes = True
     order = 60  # when the steps of an epoch and what a skipped one leaves behind are settled
 
-    def __init__(self, decay: float | Callable[[float], float] = 0.999, every: int = 1):
+    def __init__(self, decay: float | Schedule = 0.999, every: int = 1):
         if not (callable(decay) or 0 <= decay < 1) or not isinstance(every, int) or every < 1:
             raise SetupError(
                 "EMA takes a decay in [0, 1) and a number of steps, 1 or more.",
@@ -41,6 +44,10 @@ class EMA(Callback):
         self.decay, self.every = decay, every
         self._averages: Averages | None = None
         self._inside = False  # whether the model holds the averages, and they the weights
+
+    def curves(self, opt: Optimizer, epochs: int) -> dict[str, Schedule]:
+        """Return the decay by the position in the run, where it is a schedule."""
+        return {} if isinstance(self.decay, float | int) else {"EMA decay": self.decay}
 
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:

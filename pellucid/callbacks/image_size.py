@@ -1,6 +1,7 @@
 """Progressive resizing: training on small images first."""
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..errors import SetupError
 from ..events import Callback
@@ -37,6 +38,10 @@ class ImageSize(Callback):
                 do="ImageSize(schedules.linear(0.5, 1))",
             )
         self.schedule, self.multiple = schedule, multiple
+
+    def curves(self, opt: Optimizer, epochs: int) -> dict[str, Schedule]:
+        """Return the share of the side, before it is rounded, by the position in the run."""
+        return {"image size": self.schedule}
 
     def before_batch(self, learn: Learner) -> None:
         """Resize a training batch."""

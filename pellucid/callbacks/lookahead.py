@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
+
+from torch.optim import Optimizer
 
 from ..averaging import Averages
 from ..errors import SetupError
 from ..events import Callback
 from ..learner import Learner
+from ..schedules import Schedule
 
 
 class Lookahead(Callback):
@@ -30,7 +33,7 @@ class Lookahead(Callback):
     changes = True
     order = 52  # before those that average what was trained
 
-    def __init__(self, every: int = 5, pull: float | Callable[[float], float] = 0.5):
+    def __init__(self, every: int = 5, pull: float | Schedule = 0.5):
         if not isinstance(every, int) or every < 1 or not (callable(pull) or 0 < pull <= 1):
             raise SetupError(
                 "Lookahead takes a number of steps, 1 or more, and a pull in (0, 1].",
@@ -38,6 +41,10 @@ class Lookahead(Callback):
             )
         self.every, self.pull = every, pull
         self._slow: Averages | None = None
+
+    def curves(self, opt: Optimizer, epochs: int) -> dict[str, Schedule]:
+        """Return the pull by the position in the run, where it is a schedule."""
+        return {} if isinstance(self.pull, float | int) else {"Lookahead pull": self.pull}
 
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:

@@ -1,8 +1,10 @@
 """Initial weights by the first batch."""
 
+from ..errors import SetupError
 from ..events import Callback
 from ..init import LSUVReport, lsuv
 from ..learner import Learner
+from ..sharding import in_shards
 
 
 class LSUV(Callback):
@@ -17,6 +19,9 @@ class LSUV(Callback):
 
     Attributes:
         report: what was done; None before.
+
+    Raises:
+        SetupError: in the fit: the model is in shards, and new.
     """
 
     order = 95  # after those that change the batch, before those that watch the model at work
@@ -29,6 +34,11 @@ class LSUV(Callback):
     def before_fit(self, learn: Learner) -> None:
         """See whether the learner is new."""
         self._due = learn.step == 0
+        if self._due and in_shards(learn.model):
+            raise SetupError(
+                "LSUV cannot set layers in shards.",
+                do="call init.lsuv(learn.model, x) with a batch x before the fit.",
+            )
 
     def before_batch(self, learn: Learner) -> None:
         """Set the layers, if this is the first batch to train on."""

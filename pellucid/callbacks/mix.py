@@ -62,7 +62,7 @@ class MixUp(_Mix):
     In every training batch an item becomes share · item + (1 - share) · partner, and the loss is
     mixed alike, whatever it is (a mean over the batch). The share is one number from
     Beta(alpha, alpha) a batch, as in the paper's own code. Share and partners depend on (seed,
-    epoch, batch) alone.
+    epoch, batch) alone; in many processes each pairs the items of its own part.
 
     Training losses on record are those of mixtures, and higher. Metrics see the target of the
     greater part; training accuracy says how often that is recognised. Validation is plain.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..events import Callback, CancelStep
 from ..learner import Learner
 from ..nonfinite import Culprit, culprit
 from ..optim import gradients, guard, guards
+from ..sharding import zero_if_finite
 from ..snapshot import preserved_buffers, preserved_random_state
 
 _UNHEARD = {
@@ -102,8 +103,7 @@ class NonFinite(Callback):
             if self._spoilt:
                 raise CancelStep
             return
-        for norm in torch._foreach_norm(gradients(learn.opt)):
-            self._sum.add_(norm, alpha=0)
+        self._sum.add_(zero_if_finite(gradients(learn.opt), learn.device))
         torch.ne(self._sum, 0, out=self._bad)
         self._sum.zero_()
         self._n_skipped.add_(self._bad)
@@ -130,10 +130,12 @@ class NonFinite(Callback):
     def _explain(self, learn: Learner, error: NonFiniteLoss) -> None:
         """Go through the batch again and add to the error what was bad first."""
         what, saw, do = error.args
-        with suppress(Exception):  # this is help, and must not hide the error
+        try:
             found = self._culprit(learn, int(error.batch))
             if found:
                 saw, do = f"{saw}; {found.what}", found.do
+        except Exception as failure:  # this is help, and must not hide the error
+            error.add_note(f"Looking for the culprit failed: {type(failure).__name__}: {failure}")
         if self._stops:
             do += " No step was taken since: the weights are those before that batch."
         else:

@@ -15,6 +15,7 @@ from ..errors import SetupError
 from ..events import Callback, CancelStep
 from ..learner import Learner
 from ..optim import begin_momentum, gradients, guards
+from ..sharding import in_shards, zero_if_finite
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -26,7 +27,8 @@ class Precision(Callback):
     backward pass and smaller again after it, by a factor that adapts (Micikevicius et al., 2018,
     "Mixed precision training"). A step whose gradients overflow all the same is not taken; a
     non-finite loss is another matter, see `NonFinite`. Clipping sees true gradients. With both,
-    models with 2-d convolutions are laid out channels-last for the time of the fit.
+    models with 2-d convolutions are laid out channels-last for the time of the fit, unless they are
+    in shards.
 
     Validation is in the same precision. (In fp16 an optimiser that is not fused costs one number
     read back in every step.)
@@ -62,15 +64,16 @@ class Precision(Callback):
             self._scaler = GradScaler(learn.device.type)
             if guards(learn.opt):
                 begin_momentum(learn.opt)
-        in_half = self._chosen != "fp32" and isinstance(learn.model, nn.Module)
+        laid_out = self._chosen != "fp32" and isinstance(learn.model, nn.Module)
+        laid_out = laid_out and not in_shards(learn.model)  # which are gathered in their own layout
         try:
-            if in_half:
+            if laid_out:
                 convert_conv2d_weight_memory_format(learn.model, torch.channels_last)
             yield
         finally:
             learn.device_reason = known
             vars(learn.opt).pop("found_inf", None)
-            if in_half:
+            if laid_out:
                 convert_conv2d_weight_memory_format(learn.model, torch.contiguous_format)
 
     def around_forward(self, learn: Learner) -> AbstractContextManager[None]:
@@ -91,8 +94,7 @@ class Precision(Callback):
             return
         self._scaler.unscale_(learn.opt)
         self._scaler.update()
-        norms = torch.stack(torch._foreach_norm(gradients(learn.opt)))
-        overflowed = torch.ne(norms.sum() * 0, 0).float()  # NaN if any is not finite
+        overflowed = torch.ne(zero_if_finite(gradients(learn.opt), learn.device), 0).float()
         if guards(learn.opt):
             state = vars(learn.opt)
             if self._guard is None:  # what NonFinite may have put there

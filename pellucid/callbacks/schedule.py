@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch.optim import Optimizer
 
@@ -68,7 +68,7 @@ class Schedule(Callback):
         for group, schedule in zip(groups, self._by_group(len(groups)), strict=True):
             set_hyper(group, self.name, schedule(learn.progress))
 
-    def curves(self, opt: Optimizer) -> dict[str, schedules.Schedule]:
+    def curves(self, opt: Optimizer, epochs: int) -> dict[str, schedules.Schedule]:
         """Return what will be set, by the name it has on record."""
         by_group = self._by_group(len(opt.param_groups))
         return dict(zip(hyper_names(opt, [self.name]), by_group, strict=True))
@@ -122,9 +122,10 @@ class OneCycle(Callback):
             for part in self._parts:
                 part.before_batch(learn)
 
-    def curves(self, opt: Optimizer) -> dict[str, schedules.Schedule]:
+    def curves(self, opt: Optimizer, epochs: int) -> dict[str, schedules.Schedule]:
         """Return what will be set, by the name it has on record."""
-        return {name: c for part in self._choose(opt) for name, c in part.curves(opt).items()}
+        parts = self._choose(opt)
+        return {name: c for part in parts for name, c in part.curves(opt, epochs).items()}
 
     def _choose(self, opt: Optimizer) -> list[Schedule]:
         rates = self.lr if isinstance(self.lr, Sequence) else [self.lr] * len(opt.param_groups)
@@ -137,8 +138,20 @@ class OneCycle(Callback):
         return [lr, Schedule("momentum", momentum)]
 
 
+@runtime_checkable
+class _Sizes(Protocol):
+    """`BatchSize`: epochs have different numbers of batches."""
+
+    def sized(self, loader: Any, position: float) -> Any:
+        """Return a loader as it will be in the epoch that begins at a position in the run."""
+        ...
+
+
 def plan(learn: Learner, epochs: int, callbacks: Iterable[Callback] = ()) -> Figure:
     """Draw every schedule of a fit before it runs, value against batch.
+
+    Those of `Schedule`, `OneCycle`, `BatchSize` and `ImageSize`, where they are functions those of
+    `EMA` and `Lookahead`, and of any callback that is `schedules.Scheduled`.
 
     Args:
         learn: it and its optimiser are left as they are.
@@ -151,13 +164,21 @@ def plan(learn: Learner, epochs: int, callbacks: Iterable[Callback] = ()) -> Fig
     from ..plots import plot_columns
 
     opt = learn.opt or build_optimizer(learn.opt_func, learn.model, learn.lr)
-    scheduled = [cb for cb in [*learn.callbacks, *callbacks] if isinstance(cb, Schedule | OneCycle)]
-    curves = {name: c for callback in scheduled for name, c in callback.curves(opt).items()}
+    callbacks = [*learn.callbacks, *callbacks]
+    scheduled = [callback for callback in callbacks if isinstance(callback, schedules.Scheduled)]
+    curves = {name: c for callback in scheduled for name, c in callback.curves(opt, epochs).items()}
     n_batches = length(learn.data.train)
     if not curves or n_batches is None:
         raise SetupError(
             "There is no schedule to draw." if n_batches else "The training loader has no length.",
             do="learn.plan(5, callbacks=[callbacks.OneCycle(0.01)])",
         )
-    n = epochs * n_batches
-    return plot_columns({name: [c(i / n) for i in range(n)] for name, c in curves.items()})
+    positions = []
+    for epoch in range(epochs):
+        loader = learn.data.train
+        for callback in callbacks:
+            if isinstance(callback, _Sizes):
+                loader = callback.sized(loader, epoch / epochs)
+        n = length(loader) or 1
+        positions += [(epoch * n + i) / (epochs * n) for i in range(n)]
+    return plot_columns({name: [c(p) for p in positions] for name, c in curves.items()})

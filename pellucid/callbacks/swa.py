@@ -74,9 +74,12 @@ class SWA(Callback):
             return
         self._averages.put_into(learn.model)
         self._averages = None
-        with preserved_random_state(), preserved_order(learn.data.train):
-            renew_batch_norm(learn.model, self._inputs(learn), partial(_forward, learn))
-        learn.x = None
+        training, learn.training = learn.training, False
+        try:
+            with preserved_random_state(), preserved_order(learn.data.train):
+                renew_batch_norm(learn.model, self._inputs(learn), partial(_forward, learn))
+        finally:
+            learn.training, learn.x = training, None
 
     def _inputs(self, learn: Learner) -> Iterator[Any]:
         for batch in islice(learn.data.train, self._n_batches):

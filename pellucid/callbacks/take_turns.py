@@ -13,6 +13,7 @@ from ..errors import SetupError, UnknownName, did_you_mean
 from ..events import Callback
 from ..learner import Learner
 from ..optim import build_optimizer, params_of
+from ..sharding import in_shards
 
 
 class TakeTurns(Callback):
@@ -33,6 +34,11 @@ class TakeTurns(Callback):
 
     Attributes:
         turn: whose turn it is; None outside a fit.
+
+    Raises:
+        SetupError: fewer than two parts, a turn of no steps, or other parts in opt_funcs; in the
+            fit: a model in shards.
+        UnknownName: in the fit: the model has no such part.
     """
 
     changes = True
@@ -60,6 +66,11 @@ class TakeTurns(Callback):
     def around_fit(self, learn: Learner) -> Generator[None]:
         """Make the optimisers, and put back who is trainable at the end."""
         own, self.turn = learn.opt, None
+        if in_shards(learn.model):
+            raise SetupError(
+                "Parts of a model in shards cannot take turns.",
+                do='Distributed("ddp") trains them.',
+            )
         params = {part: list(_part(learn.model, part).parameters()) for part in self.turns}
         free = [param for part in params.values() for param in part if param.requires_grad]
         self._free = set(map(id, free))

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ..device import choose_device
 from ..errors import DataError, SetupError
 from ..losses import mean_squared_error
 from ..randomness import uniforms
 from ..snapshot import preserved_random_state
 from ..tree import describe, split
 from .datasets import ArrayDataset
+from .decoded import DecodedImages
 from .folder import Labels, Splitting, read_folder
 from .folder_report import FolderReport
 from .loader import Loader, first, length, preserved_order
@@ -202,6 +204,35 @@ class DataLoaders:
         data.report = report
         return data
 
+    def to(self, device: str | torch.device) -> DataLoaders:
+        """Move both data sets, whole, to a device, where batches are then gathered; return `self`.
+
+        For data that fit: then nothing is moved from batch to batch. The batches are the same, bit
+        for bit; only the order goes to the device, once an epoch. What `print(data)` shows tells
+        how much lies where.
+
+        Args:
+            device: "auto", or as torch names it; the learner's.
+
+        Raises:
+            SetupError: there is no such device; the data do not fit there; or they are no arrays
+                in memory.
+        """
+        place, _ = choose_device(device)
+        loaders = [loader for loader in (self.train, self.valid) if loader is not None]
+        for loader in loaders:
+            known = isinstance(loader, Loader)
+            if not known or not isinstance(loader.dataset, ArrayDataset | DecodedImages):
+                raise SetupError(
+                    "Only arrays in memory can be moved to a device whole.",
+                    saw=_brief(loader),
+                    do="load arrays (DataLoaders.from_arrays), a named data set, or a folder with "
+                    'cache="memory"; batches of others are moved as they come.',
+                )
+        for loader, dataset in [(loader, loader.dataset.to(place)) for loader in loaders]:
+            loader.dataset = dataset
+        return self
+
     def prepare(self, x: Any, training: bool = False) -> Any:
         """Take inputs, on their device, through the augmentation (in training) and transforms.
 
@@ -263,7 +294,7 @@ class DataLoaders:
             x = getattr(transform, "undo", _unchanged)(x)
         x = x.float() - x.min().clamp(max=0)
         titles = [""] * n if y is None else [self._title(label) for label in y[:n].tolist()]
-        return plot_images((x[:n] / x.max().clamp(min=1e-9)).numpy(), titles)
+        return plot_images((x[:n] / x.max().clamp(min=1e-9)).cpu().numpy(), titles)
 
     def _title(self, label: Any) -> str:
         known = self.classes is not None and isinstance(label, int)

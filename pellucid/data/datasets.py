@@ -1,5 +1,7 @@
 """Data sets that lie in memory."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -8,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, SetupError
 from ..tree import describe
 
 _BLOCK, _FEW_BYTES = 65536, 16
@@ -18,8 +20,8 @@ class ArrayDataset:
     """Arrays whose first dimension counts the items; item i is the i-th of each, as a tuple.
 
     `dataset[3]` is an item; `dataset[0:5]` and `dataset[indices]` are tuples of many. What the
-    arrays are they stay: uint8 pixels are neither copied nor made floats, and a memory-mapped
-    numpy array stays on disk.
+    arrays are they stay: uint8 pixels are neither copied nor made floats, a memory-mapped numpy
+    array stays on disk, and batches of what lies on a GPU are gathered there.
 
     Args:
         arrays: tensors or numpy arrays of one length.
@@ -47,8 +49,31 @@ class ArrayDataset:
             size: items a batch; the last one may have fewer.
         """
         block = max(_BLOCK // size, 1) * size
-        for items in order.split(block):
-            yield from zip(*(_gather(array, items, size) for array in self.arrays), strict=True)
+        places = {array.device for array in self.arrays}  # the order goes there once, whole
+        orders = {place: order.to(place, non_blocking=True).split(block) for place in places}
+        for parts in zip(*(orders[array.device] for array in self.arrays), strict=True):
+            gathered = map(partial(_gather, size), self.arrays, parts)
+            yield from zip(*gathered, strict=True)
+
+    def to(self, device: str | torch.device) -> ArrayDataset:
+        """Return the data set with its arrays, whole, on a device.
+
+        Raises:
+            SetupError: they do not fit there.
+        """
+        try:
+            return ArrayDataset(*(array.to(device) for array in self.arrays))
+        except torch.OutOfMemoryError:
+            raise SetupError(
+                f"The data do not fit on {device}.",
+                saw=f"{self.nbytes / 1e6:,.1f} MB wanted, {_free(device) / 1e6:,.1f} free",
+                do="leave them where they are: batches are moved as they come.",
+            ) from None
+
+    @property
+    def nbytes(self) -> int:
+        """What the arrays take, in bytes."""
+        return sum(array.nbytes for array in self.arrays)
 
     def __getitem__(self, index: int | slice | Tensor) -> tuple[Any, ...]:
         return tuple(array[index] for array in self.arrays)
@@ -60,10 +85,16 @@ class ArrayDataset:
         return self.arrays[0].shape[0]
 
     def __repr__(self) -> str:
-        return f"ArrayDataset{describe(self.arrays)}"
+        places = dict.fromkeys(str(array.device) for array in self.arrays)
+        away = "" if list(places) == ["cpu"] else f", {self.nbytes / 1e6:,.1f} MB on "
+        return f"ArrayDataset{describe(self.arrays)}{away}{' and '.join(places) if away else ''}"
 
 
-def _gather(array: Tensor, items: Tensor, size: int) -> Iterable[Tensor]:
+def _free(device: str | torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def _gather(size: int, array: Tensor, items: Tensor) -> Iterable[Tensor]:
     if array[:1].nbytes <= _FEW_BYTES:
         return array.index_select(0, items).split(size)
     return map(partial(array.index_select, 0), items.split(size))

@@ -44,6 +44,13 @@ class DecodedImages:
         for images, labels in self._all.batches(order, size):
             yield channels_first(images), labels
 
+    def to(self, device: str | torch.device) -> DecodedImages:
+        """Return the data set on a device, its own items alone; see `ArrayDataset.to`."""
+        if self._all.arrays[0].device == torch.device(device):
+            return self
+        own = self._all if self._items is None else ArrayDataset(*self._all[self._items])
+        return DecodedImages(*own.to(device).arrays)
+
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
         image, label = self._all[item if self._items is None else int(self._items[item])]
         return channels_first(image), label
@@ -52,8 +59,10 @@ class DecodedImages:
         return len(self._all if self._items is None else self._items)
 
     def __repr__(self) -> str:
-        height, width = self._all.arrays[0].shape[1:3]
-        return f"DecodedImages({len(self):,} of {height}×{width})"
+        images = self._all.arrays[0]
+        height, width = images.shape[1:3]
+        away = "" if images.is_cpu else f", {self._all.nbytes / 1e6:,.1f} MB on {images.device}"
+        return f"DecodedImages({len(self):,} of {height}×{width}{away})"
 
 
 def decode_all(
