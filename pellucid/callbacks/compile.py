@@ -49,6 +49,7 @@ class Compile(Callback):
     """
 
     changes = True
+    order = 90  # after those who call the model on their own before a batch, or after an error
 
     def __init__(
         self, what: str = "model", graphs: bool = False, backend: str | Callable = "inductor"
