@@ -153,7 +153,7 @@ OF_A_STEP = ["Accumulate", "MixUp, LabelSmoothing", "NonFinite, bf16"]
     "what, name", [*(("model", name) for name in TOGETHER), *(("step", name) for name in OF_A_STEP)]
 )
 def test_with_others_it_is_what_they_give_without(what, name):
-    compiled = fitted(*TOGETHER[name](), Compile(what, backend="aot_eager"))
+    compiled = fitted(Compile(what, backend="aot_eager"), *TOGETHER[name]())
     assert_same(compiled, fitted(*TOGETHER[name]()))
 
 
