@@ -20,6 +20,7 @@ from torch.optim import LBFGS, SGD, AdamW
 from pellucid import Callback, CancelFit, DataLoaders, Learner, foundations
 from pellucid.callbacks import (
     EMA,
+    LSUV,
     Accumulate,
     BatchSize,
     Clip,
@@ -136,6 +137,7 @@ TOGETHER = {
     "BatchSize": lambda: [BatchSize(linear(8, 16))],
     "EMA, Clip": lambda: [EMA(0.9), Clip(norm=0.1)],
     "GradientCheckpointing": lambda: [GradientCheckpointing(["0", "3"])],
+    "LSUV": lambda: [LSUV()],
     "MixUp, LabelSmoothing": lambda: [MixUp(), LabelSmoothing()],
     "NonFinite, bf16": lambda: [NonFinite("skip"), Precision("bf16")],
     "Telemetry": lambda: [Telemetry(["0"])],
@@ -143,10 +145,15 @@ TOGETHER = {
 }
 
 
-@both
-@pytest.mark.parametrize("name", TOGETHER)
+OF_A_STEP = ["Accumulate", "MixUp, LabelSmoothing", "NonFinite, bf16"]
+"""Those that have to do with the loss."""
+
+
+@pytest.mark.parametrize(
+    "what, name", [*(("model", name) for name in TOGETHER), *(("step", name) for name in OF_A_STEP)]
+)
 def test_with_others_it_is_what_they_give_without(what, name):
-    compiled = fitted(*TOGETHER[name](), Compile(what, backend="aot_eager"))
+    compiled = fitted(Compile(what, backend="aot_eager"), *TOGETHER[name]())
     assert_same(compiled, fitted(*TOGETHER[name]()))
 
 
@@ -213,7 +220,7 @@ def test_each_is_for_a_size_of_its_own():
 
 
 def test_other_sizes_cost_one_graph_more():
-    backend = counting()
+    backend = CompileCounterWithBackend("eager")
     data = loaders(100)
     fitted(
         Compile(backend=backend), BatchSize(linear(5, 30)), data=data, model=net(0.0)[0], epochs=6
@@ -221,10 +228,9 @@ def test_other_sizes_cost_one_graph_more():
     assert backend.frame_count == 3
 
 
-@both
-def test_a_loss_of_each_batch_is_not_compiled_anew(what):
-    backend = counting()
-    fitted(MixUp(), LabelSmoothing(), Compile(what, backend=backend), epochs=3)
+def test_a_loss_of_each_batch_is_not_compiled_anew():
+    backend = CompileCounterWithBackend("eager")
+    fitted(MixUp(), LabelSmoothing(), Compile("step", backend=backend), epochs=3)
     assert backend.frame_count == 2
 
 
@@ -236,7 +242,7 @@ def test_many_models_do_not_use_up_the_limit():
 
 
 def test_the_loss_is_in_the_graph_of_a_step():
-    counts = {what: counting() for what in ("model", "step")}
+    counts = {what: CompileCounterWithBackend("eager") for what in ("model", "step")}
     for what, backend in counts.items():
         fitted(Compile(what, backend=backend), epochs=1)
     assert counts["step"].op_count == counts["model"].op_count + 2
@@ -272,7 +278,7 @@ class Within(Callback):
 @pytest.mark.parametrize("fault", [None, CancelFit(), RuntimeError("broken"), KeyboardInterrupt()])
 def test_the_model_is_the_users_and_given_back(what, fault):
     within = Within(fault)
-    model, backend = net(), counting()
+    model, backend = net(), CompileCounterWithBackend("eager")
     keys, attributes = list(model.state_dict()), set(vars(model))
     learn = learner(Compile(what, backend=backend), within, model=model)
     learn.fit(0)

@@ -24,14 +24,14 @@ class Compile(Callback):
     """Compile the forward pass for the time of a fit, and with it the backward pass.
 
     The model stays the object it is, with the names it has; hooks, averages, precision and frozen
-    parts work as without. Inductor's code differs from torch's own by rounding. The first
-    training batch and the first of validation take from seconds to minutes; `Clocks` tells the
-    start apart. torch keeps what it made on disk, a later fit finds it.
+    parts work as without. Inductor's code differs from torch's own by rounding, and draws dropout
+    by numbers of its own. The first training batch and the first of validation take from seconds to
+    minutes; `Clocks` tells the start apart. torch keeps what it made on disk, a later fit finds it.
 
     Training and validation are compiled for the size of their first batch. A last batch that is
-    smaller is computed without, as are looks (`learn.validate`). Sizes that change otherwise cost
-    one more compilation, that of a code for any size; after eight variants torch says that it goes
-    on uncompiled.
+    smaller is computed without, and so is `learn.validate()` after the fit. Sizes that change
+    otherwise cost one more compilation, that of code for any size; after eight variants torch says
+    that it goes on uncompiled.
 
     Args:
         what: "model"; or "step": forward pass and loss as one. A loss that another callback sets
@@ -49,6 +49,7 @@ class Compile(Callback):
     """
 
     changes = True
+    order = 90  # after those who call the model on their own before a batch, or after an error
 
     def __init__(
         self, what: str = "model", graphs: bool = False, backend: str | Callable = "inductor"
