@@ -76,6 +76,18 @@ def fashion_recipe(epochs: int, seed: int) -> Learner:
     return learn
 
 
+AIRBENCH = ByRole(
+    partial(AdamW, weight_decay=0, betas=(0.9, 0.99)),
+    {
+        "conv": partial(
+            Muon, weight_decay=0, momentum=0.6, ns_steps=3, adjust_lr_fn="none", reset_norm=True
+        )
+    },
+    lr_factors={"bias": 0.06, "head": 0.015},
+)
+"""airbench94_muon's step for convolutions; AdamW's, by smaller rates, for biases and the head."""
+
+
 def cifar10_recipe(epochs: int, seed: int) -> Learner:
     """Train as airbench94_muon (Jordan, 2024) does, in a narrower network and smaller batches."""
     seed_everything(seed)
@@ -83,13 +95,8 @@ def cifar10_recipe(epochs: int, seed: int) -> Learner:
     data.augment = [AlternatingFlip(data.train), Augment(shift=2 / 32)]
     model = airbench(3, 10, widths=(64, 128, 256))
     whiten(model[0], data.one_batch()[0])
-    muon = partial(
-        Muon, weight_decay=0, momentum=0.6, ns_steps=3, adjust_lr_fn="none", reset_norm=True
-    )
-    adamw = partial(AdamW, weight_decay=0, betas=(0.9, 0.99))
-    opt_func = ByRole(adamw, {"conv": muon}, lr_factors={"bias": 0.06, "head": 0.015})
     techniques = [LabelSmoothing(0.2), Precision("auto"), Progress("lines")]
-    learn = Learner(channels_last(model), data, None, opt_func, 0.16, [accuracy], techniques)
+    learn = Learner(channels_last(model), data, None, AIRBENCH, 0.16, [accuracy], techniques)
     learn.fit(epochs, callbacks=[Schedule("lr", linear(0.16, 0))])
     return learn
 
