@@ -39,3 +39,22 @@ def test_a_file_that_is_none_of_ours_is_named(content, tmp_path):
     torch.testing.assert_close(model.state_dict(), before.state_dict(), rtol=0, atol=0)
     with pytest.raises(DataNotFound, match="no saved weights"):
         weights.load(model, tmp_path, CPU)
+
+
+def test_weights_of_another_model_leave_this_one_as_it_is(tmp_path):
+    path = weights.save(tied(), tmp_path / "weights.safetensors")
+    other = nn.Sequential(nn.Embedding(7, 4), nn.BatchNorm1d(4), nn.Linear(4, 3), nn.ReLU())
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(
+        DataError, match=r"nothing was loaded\.\n  saw: .*3\.weight in the file alone"
+    ):
+        weights.load(other, path, CPU)
+    torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
+    untied = tied()
+    untied[2].weight = nn.Parameter(torch.zeros(7, 4))
+    with pytest.raises(DataError, match=r"(0|2)\.weight in the model alone"):
+        weights.load(untied, path, CPU)
+    untied[2] = nn.Linear(4, 3)
+    with pytest.raises(DataError, match=r"2\.bias \(3,\) here, \(7,\) in the file"):
+        weights.load(untied, path, CPU)
+    assert not untied[2].weight.equal(torch.zeros(3, 4))
