@@ -473,6 +473,14 @@ def test_a_backend_that_fails_is_named():
         fitted(Compile(backend=broken))
 
 
+def test_a_backend_that_fails_without_a_word_is_named_too():
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise AssertionError
+
+    with pytest.raises(SetupError, match="saw: AssertionError"):
+        fitted(Compile(backend=broken))
+
+
 def test_nan_is_found_where_it_is():
     class Log(nn.Module):
         def forward(self, x):

@@ -264,7 +264,7 @@ def _explained(learn: Learner, error: Exception) -> Exception:
     except Exception as own:
         return own
     cause = getattr(error, "inner_exception", None) or error
-    saw = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}"
+    saw = f"{type(cause).__name__}: {str(cause).strip()}".splitlines()[0]
     if "ompiler" in saw:
         do = "install a C++ compiler (g++ or clang++), which torch.compile calls; or leave it out."
     else:
