@@ -103,6 +103,7 @@ class Loader:
                 # `drawn` only when it is asked for: 3 µs less
                 self._given = epoch, order, number * self.batch_size, self.batch_size
                 yield batch
+            self._given = None
             return
         except Elsewhere as error:
             failed = error.error
@@ -123,7 +124,7 @@ class Loader:
 
     @property
     def drawn(self) -> Drawn | None:
-        """What the batch given last is made of; None before the first."""
+        """What the batch given last is made of; None before and after a pass."""
         if self._given is None:
             return None
         epoch, order, first_item, n = self._given

@@ -81,6 +81,7 @@ class SlicedLoader(Loader):
                 # the whole loader says so too, to whoever holds it (`AlternatingFlip`)
                 self._given = self._whole._given = epoch, own, 0, len(own)
                 yield batch
+            self._whole._given = None
         finally:
             self.share = None
 
