@@ -17,27 +17,28 @@ def choose_device(device: str | torch.device = "auto") -> tuple[torch.device, st
             torch names it ("cpu", "cuda:1").
 
     Returns:
-        The device and the reason for it, a short phrase.
+        The device as tensors on it name it ("cuda" is "cuda:0", say), and the reason for it, a
+        short phrase.
 
     Raises:
         SetupError: torch does not know the name, or the device is not there.
     """
     if device != "auto":
         try:
-            torch.empty(0, device=device)
+            return torch.empty(0, device=device).device, "as asked"
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise SetupError(
                 f"The device {str(device)!r} cannot be used.",
                 saw=str(error).splitlines()[0],
                 do='choose "auto", "cpu", or a device that torch sees on this machine.',
             ) from None
-        return torch.device(device), "as asked"
     if torch.cuda.is_available():
-        if "LOCAL_RANK" in os.environ:  # under torchrun each process has a GPU of its own
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        number = int(os.environ.get("LOCAL_RANK", "-1"))
+        if 0 <= number < torch.cuda.device_count():  # of torchrun's processes each has its own
+            torch.cuda.set_device(number)
         return torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
     if torch.backends.mps.is_available():
-        return torch.device("mps"), "Apple's GPU"
+        return torch.empty(0, device="mps").device, "Apple's GPU"
     threads = torch.get_num_threads()
     return torch.device("cpu"), f"no GPU that torch can use; {threads} thread{'s'[: threads > 1]}"
 

@@ -68,6 +68,8 @@ class Meters:
         device: where they are measured.
         recording: whether the hooks measure; switch it per batch.
         fired: whether any hook has measured anything yet.
+        factor: what gradients come in larger by, 0-d, and are measured without; None: by nothing.
+            To be set before the first batch, and filled before each forward pass.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], device: torch.device):
@@ -97,6 +99,7 @@ class Meters:
         self._owners = torch.empty(0, dtype=torch.int64, device=device)
         self._hooks: Hooks | None = None
         self.recording = self.fired = False
+        self.factor: Tensor | None = None
 
     def __enter__(self) -> Meters:
         self._hooks = Hooks(self._modules, _measure)
@@ -273,8 +276,11 @@ def _is_measurable(x: Tensor, device: torch.device) -> bool:
 
 def _gradient_hook(meters: Meters, meter: _Meter) -> Callable[[Tensor], None]:
     def arrived(grad: Tensor) -> None:
-        if meters.recording:
-            meter.add(grad)
+        if not meters.recording:
+            return
+        if meters.factor is not None:  # half precision cannot hold what comes of it
+            grad = grad.to(torch.promote_types(grad.dtype, torch.float32)) / meters.factor
+        meter.add(grad)
 
     return arrived
 

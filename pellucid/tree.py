@@ -33,9 +33,13 @@ def leaves(tree: Any) -> list[Any]:
 
 
 def to_device(tree: Any, device: torch.device) -> Any:
-    """Move every tensor to `device`; what is there already is returned as it is, not copied."""
+    """Move every tensor to `device`; what is there already is returned as it is, not copied.
+
+    The host waits for what it is to read itself, and for nothing else.
+    """
     if isinstance(tree, Tensor):
-        return tree if tree.device == device else tree.to(device, non_blocking=True)
+        there = tree.device == device
+        return tree if there else tree.to(device, non_blocking=device.type != "cpu")
     return map_leaves(
         lambda leaf: to_device(leaf, device) if isinstance(leaf, Tensor) else leaf, tree
     )

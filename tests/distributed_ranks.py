@@ -49,6 +49,7 @@ from pellucid.callbacks import (
     Precision,
     Progress,
     TakeTurns,
+    Telemetry,
 )
 from pellucid.callbacks import non_finite as module_of_non_finite
 from pellucid.distributed import as_the_first_says, is_first, rank, world_size
@@ -173,6 +174,20 @@ def other_optimizer():
             "forms": forms,
         }
     return found
+
+
+@check
+def one_loader_for_both():
+    """What validates on the training data takes an epoch of the loader each time."""
+
+    def data():
+        loader = arrays(50, size=7)().train
+        return DataLoaders(loader, loader, classes=3)
+
+    ours, lone = twins("ddp", data)
+    for one in (ours, lone):
+        one.fit(3)
+    return apart(ours, lone) | {"epochs": [one.data.train.epoch for one in (ours, lone)]}
 
 
 @check
@@ -677,6 +692,24 @@ def layers_set_by_a_batch():
     except SetupError as error:
         return {"sum": flat(ours.model).sum().item(), "refused": str(error)}
     return {}
+
+
+@check
+def telemetry():
+    """Each process sees its own part of the batch; steps are common."""
+    ours = trained("ddp", mlp, arrays(50), [Telemetry(every=1)], AdamW)
+    layers = ours.record.layers
+    try:
+        trained("fsdp", mlp, arrays(48), [Telemetry()], AdamW)
+        refused = ""
+    except SetupError as error:
+        refused = str(error)
+    return {
+        "n": (layers.of_kind("activations")[0][:7, 0, 0] / 16).tolist(),
+        "means": layers["activations/mean"].tolist(),
+        "updates": layers["parameters/update"].tolist(),
+        "refused": refused,
+    }
 
 
 class Gan(GAN):

@@ -298,6 +298,21 @@ def test_the_model_is_the_users_and_given_back(what, fault):
 
 
 @both
+def test_a_search_within_a_fit_is_a_fit_of_its_own(what):
+    class Searches(Callback):
+        changes = True
+
+        def after_epoch(self, learn):
+            if not learn.epoch:
+                learn.find_lr(steps=3)
+
+    backend = CompileCounterWithBackend("aot_eager")
+    searched = fitted(Searches(), Compile(what, backend=backend))
+    assert_same(searched, fitted())
+    assert searched.model._compiled_call_impl is None and "forward" not in vars(searched)
+
+
+@both
 def test_looks_within_a_fit_are_plain_and_leave_no_trace(what):
     class Looks(Callback):
         def __init__(self):
@@ -470,6 +485,14 @@ def test_a_backend_that_fails_is_named():
         raise ArithmeticError("no such thing\nand much more")
 
     with pytest.raises(SetupError, match="saw: ArithmeticError: no such thing\n"):
+        fitted(Compile(backend=broken))
+
+
+def test_a_backend_that_fails_without_a_word_is_named_too():
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise AssertionError
+
+    with pytest.raises(SetupError, match="saw: AssertionError"):
         fitted(Compile(backend=broken))
 
 

@@ -108,6 +108,20 @@ def test_arrays_may_lie_apart():
     assert all(batch[1].is_meta for batch in batches)
 
 
+def test_a_data_set_of_ones_own_stays_one():
+    class Doubled(ArrayDataset):
+        def batches(self, order, size):
+            return ((2 * x, y) for x, y in super().batches(order, size))
+
+    x, y = images(20)
+    data = DataLoaders(Loader(Doubled(x, y), 8), classes=10)
+    there = list(data.to("cpu").train)
+    assert_same([batch[0] for batch in there], list((2 * x).split(8)))
+    before = data.train.dataset
+    assert all(batch[0].is_meta for batch in data.to("meta").train)
+    assert before.arrays[0].is_cpu  # who holds the data set keeps it
+
+
 def test_decoded_images_move_their_own_items_alone():
     pixels = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
     items = torch.tensor([3, 17, 5, 8])

@@ -25,9 +25,11 @@ from pellucid import Learner, Loader
 from pellucid.callbacks import Distributed, Progress
 from pellucid.data import ArrayDataset
 from pellucid.data.sliced import Share, sliced
+from pellucid.device import choose_device
 from pellucid.distributed import as_the_first_says, is_first, rank, world_size
 from pellucid.errors import SetupError, UnknownName
 from pellucid.sharding import blocks
+from pellucid.vision import AlternatingFlip
 
 RANKS = Path(__file__).parent / "distributed_ranks.py"
 
@@ -145,6 +147,11 @@ def test_a_rank_makes_its_own_items_alone(world, request):
     assert set(asked) == set(range(22))
 
 
+def test_a_loader_that_trains_and_validates_counts_its_passes_together(two):
+    assert_as_one([of_rank["one_loader_for_both"] for of_rank in two[0]])
+    assert all(of_rank["one_loader_for_both"]["epochs"] == [6, 6] for of_rank in two[0])
+
+
 def test_different_batches_are_refused_in_every_process(two):
     for of_rank in two[0]:
         assert "were given different batches" in of_rank["different_batches"]["text"]
@@ -209,9 +216,32 @@ def test_halves_take_turns_as_in_one_process(name, two):
     assert_as_one([of_rank["turns"][name] for of_rank in two[0]])
 
 
+def test_telemetry_has_rows_of_each_part_and_refuses_shards(two):
+    one, other = (of_rank["telemetry"] for of_rank in two[0])
+    assert one["updates"] == other["updates"]
+    assert one["n"] == [4, 4, 4, 4, 4, 4, 1] and other["n"] == [4, 4, 4, 4, 4, 4, 1]
+    assert one["means"] != other["means"]
+    assert all(
+        "Telemetry cannot watch a model in shards" in mine["refused"] for mine in (one, other)
+    )
+
+
 def test_halves_in_shards_are_refused(two):
     for of_rank in two[0]:
         assert "in shards cannot take turns" in of_rank["turns"]["refused"]
+
+
+@pytest.mark.parametrize(("number", "taken"), [(0, [0]), (1, [1]), (2, [])])
+def test_a_process_without_a_gpu_of_its_own_gets_as_far_as_being_told(number, taken, monkeypatch):
+    chosen = []
+    monkeypatch.setenv("LOCAL_RANK", str(number))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: sum(chosen))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert choose_device() == (torch.device("cuda", number % 2), "a GPU")
+    assert chosen == taken  # the fit refuses a number that there is not
 
 
 # ── nothing is left ─────────────────────────────────────────────────────────────────────────────
@@ -354,6 +384,28 @@ def test_the_parts_of_a_batch_make_the_batch(n, size, world, kind, drop_last, ep
         for i, tensor in enumerate(batch):
             joined = torch.cat([batches[number][i] for batches in ranks])
             assert torch.equal(joined, tensor)
+
+
+@pytest.mark.parametrize("size", [3, 8, 50])
+def test_the_whole_loader_tells_which_items_a_part_has(size):
+    x = torch.rand(20, 1, 2, 3)
+
+    def flipped(world, epochs=3):
+        whole = Loader(ArrayDataset(x), size, shuffle=True)
+        flip, parts = AlternatingFlip(whole), []
+        for number in range(world):
+            view = sliced(whole, number, world, nullcontext) if world > 1 else whole
+            view.epoch = 0
+            own = [
+                flip(batch)[: view.share.n_own if world > 1 else None]
+                for _ in range(epochs)
+                for [batch] in view
+            ]
+            parts.append(own)
+        return torch.cat([torch.cat(batch) for batch in zip(*parts, strict=True)])
+
+    assert torch.equal(flipped(2), flipped(1))
+    assert torch.equal(flipped(3), flipped(1))
 
 
 def test_a_part_is_a_loader_like_the_whole():

@@ -312,6 +312,9 @@ def test_the_alternating_flip_wants_the_loader_that_trains():
     flip(torch.rand(4, 1, 2, 2))
     with pytest.raises(SetupError, match="another batch"):
         flip(torch.rand(3, 1, 2, 2))
+    list(loader)  # and after its last batch another's may be as large
+    with pytest.raises(SetupError, match="another batch"):
+        flip(torch.rand(4, 1, 2, 2))
 
 
 # ── stochastic depth ──────────────────────────────────────────────────────────────────────────

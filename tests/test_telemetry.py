@@ -28,7 +28,7 @@ from pellucid import (
     Learner,
     Record,
 )
-from pellucid.callbacks import LSUV, Debug, Progress, Telemetry, telemetry
+from pellucid.callbacks import LSUV, Compile, Debug, Precision, Progress, Telemetry, telemetry
 from pellucid.errors import NonFiniteLoss, SetupError, UnknownName
 from pellucid.foundations import Flatten
 from pellucid.foundations import Linear as OurLinear
@@ -339,6 +339,27 @@ def test_norms_are_not_those_of_half_precision():
     norms = dict(zip(layers.parameters, layers["parameters/norm"][0], strict=True))
     assert norms["big"] == pytest.approx(1e5, rel=1e-4)
     assert norms["small"] == pytest.approx(math.sqrt(3), rel=1e-4)
+
+
+@pytest.mark.parametrize("more", [[], [Compile(backend="aot_eager")]], ids=["plain", "compiled"])
+def test_gradients_in_half_precision_are_without_the_factor_that_makes_them_larger(more):
+    exact = learner(Telemetry(every=1)).fit(2).layers
+    halves = learner(Telemetry(every=1), Precision("fp16"), *more).fit(2).layers
+    for name in ("gradients/abs_max", "gradients/sd", "parameters/gradient"):
+        known = slice(1, None)  # a compiled model's first batch has none
+        np.testing.assert_allclose(halves[name][known], exact[name][known], 0.02, err_msg=name)
+    moved = halves["gradients/histogram"][1:] - exact["gradients/histogram"][1:]
+    assert np.abs(moved).sum(-1).mean() < 0.1  # of 2, where all are in other bins
+
+
+def test_a_device_by_another_name_is_the_same():
+    model = mlp()
+    data = DataLoaders(batches(6))
+    learn = Learner(
+        model, data, F.cross_entropy, callbacks=[Progress("off"), Telemetry()], device="cpu:0"
+    )
+    assert learn.device == model[0].weight.device  # on a GPU "cuda" is "cuda:0"
+    assert len(learn.fit(1).layers) == N
 
 
 def test_a_weight_of_zeros_has_no_update_ratio():

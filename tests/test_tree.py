@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pellucid.errors import DataError
 from pellucid.tree import describe, join, leaves, map_leaves, n_items, split, to_device
@@ -51,6 +52,22 @@ def test_moving_takes_every_tensor_and_leaves_the_rest():
     moved = to_device(tree, META)
     assert moved["x"][0].device == moved["y"].image[0].device == META
     assert moved["x"][1] == "text" and moved["y"].label is None
+
+
+def test_the_host_waits_for_what_it_will_read():
+    """Torch copies to pinned memory without waiting, if it may: too early a reader sees rubbish."""
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            waits.append(not kwargs.get("non_blocking", False))
+            return torch.zeros(args[0].shape, device=kwargs["device"])
+
+    waits = []
+    host, away = torch.zeros(2), torch.zeros(2, device=META)
+    with Copies():
+        to_device(away, CPU)
+        to_device(host, META)
+    assert waits == [True, False]
 
 
 def test_moving_to_where_it_is_copies_nothing():

@@ -233,7 +233,8 @@ def _check(learn: Learner, what: str, graphs: bool, backend: str | Callable) -> 
         raise UnknownName(f"torch has no backend {backend!r}.", do=did_you_mean(backend, known))
     if not isinstance(model, nn.Module):
         raise SetupError("Compile needs a torch module.", saw=type(model).__name__)
-    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+    call = model._compiled_call_impl
+    if hasattr(model, "_orig_mod") or (call is not None and not _is_ours(call)):
         raise SetupError(
             "The model is compiled already.", do="leave Compile out, or give the plain model."
         )
@@ -243,7 +244,8 @@ def _check(learn: Learner, what: str, graphs: bool, backend: str | Callable) -> 
             saw=f"the device {learn.device}",
             do='leave graphs out: Compile("model") compiles for this device too.',
         )
-    others = [name for name in ("forward", "compute_loss") if name in vars(learn)]
+    own = vars(learn)
+    others = [n for n in ("forward", "compute_loss") if n in own and not _is_ours(own[n])]
     others += [
         n for n in ("forward", "compute_loss") if vars(Learner)[n] != getattr(type(learn), n)
     ]
@@ -255,6 +257,11 @@ def _check(learn: Learner, what: str, graphs: bool, backend: str | Callable) -> 
         )
 
 
+def _is_ours(method: Any) -> bool:
+    """Tell whether a method stands in for the fit that this one runs in, as `find_lr` may."""
+    return isinstance(getattr(method, "__self__", None), _Run)
+
+
 def _explained(learn: Learner, error: Exception) -> Exception:
     """Return the model's own error, if it fails without compiling too, or what to do."""
     try:
@@ -264,7 +271,7 @@ def _explained(learn: Learner, error: Exception) -> Exception:
     except Exception as own:
         return own
     cause = getattr(error, "inner_exception", None) or error
-    saw = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}"
+    saw = f"{type(cause).__name__}: {str(cause).strip()}".splitlines()[0]
     if "ompiler" in saw:
         do = "install a C++ compiler (g++ or clang++), which torch.compile calls; or leave it out."
     else:

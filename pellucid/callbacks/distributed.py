@@ -282,6 +282,8 @@ def _sliced(learn: Learner) -> Generator[None]:
             for name in ("train", "valid"):
                 if vars(data)[name] is not None:
                     setattr(learn.data, name, sliced(vars(data)[name], rank(), world_size(), same))
+            if data.valid is data.train:  # one loader, whose passes are counted together
+                learn.data.valid = learn.data.train
             yield
     finally:
         for name, loader in vars(data).items():

@@ -37,6 +37,10 @@ class Precision(Callback):
         dtype: "bf16", "fp16", "fp32", or "auto": bf16 where the device computes in it faster, see
             `device.choose_precision`; the progress table says what was chosen and why.
 
+    Attributes:
+        gradient_factor: what the gradients of the next backward pass are larger by, 0-d; None: by
+            nothing.
+
     Raises:
         SetupError: there is no such precision.
     """
@@ -51,6 +55,7 @@ class Precision(Callback):
         self._chosen = "fp32" if dtype == "auto" else dtype
         self._scaler: GradScaler | None = None
         self._guard: Tensor | None = None
+        self.gradient_factor: Tensor | None = None
 
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:
@@ -59,9 +64,10 @@ class Precision(Callback):
         if self.dtype == "auto":
             self._chosen, reason = choose_precision(learn.device)
             learn.device_reason = f"{known}; {self._chosen}: {reason}"
-        self._scaler, self._guard = None, None
+        self._scaler, self._guard, self.gradient_factor = None, None, None
         if self._chosen == "fp16":
             self._scaler = GradScaler(learn.device.type)
+            self.gradient_factor = self._scaler.scale(torch.ones((), device=learn.device))
             if guards(learn.opt):
                 begin_momentum(learn.opt)
         laid_out = self._chosen != "fp32" and isinstance(learn.model, nn.Module)
@@ -84,8 +90,8 @@ class Precision(Callback):
 
     def after_loss(self, learn: Learner) -> None:
         """Let the gradient be larger by the scaler's factor; the loss stays what it is."""
-        if self._scaler and learn.training and learn.loss.requires_grad:
-            factor = self._scaler.scale(torch.ones((), device=learn.device))
+        factor = self.gradient_factor
+        if factor is not None and learn.training and learn.loss.requires_grad:
             learn.loss.register_hook(lambda gradient: gradient * factor)
 
     def after_backward(self, learn: Learner) -> None:
@@ -94,6 +100,7 @@ class Precision(Callback):
             return
         self._scaler.unscale_(learn.opt)
         self._scaler.update()
+        self.gradient_factor = self._scaler.scale(torch.ones((), device=learn.device))
         overflowed = torch.ne(zero_if_finite(gradients(learn.opt), learn.device), 0).float()
         if guards(learn.opt):
             state = vars(learn.opt)

@@ -19,6 +19,7 @@ from ..events import Callback, Cancel
 from ..hooks import find, leaves
 from ..layers import LayerRecord
 from ..meters import Meters, sample
+from ..sharding import in_shards
 
 if TYPE_CHECKING:
     from ..learner import Learner
@@ -57,6 +58,9 @@ class Telemetry(Callback):
     a new one. Modules and parameters are those of the fit's beginning: what comes later, a layer
     that is put in another's place or unfrozen, is not seen.
 
+    In many processes (`Distributed("ddp")`) each has a record of its own, of its part of the batch;
+    norms and updates of parameters are those of the whole.
+
     Works with `torch.compile` if the compiled model has not been called before the fit.
 
     Args:
@@ -69,8 +73,8 @@ class Telemetry(Callback):
 
     Raises:
         UnknownName: the model has no module of a name.
-        SetupError: a setting is out of range; a module is not the model's, or the model was
-            compiled before.
+        SetupError: a setting is out of range; a module is not the model's, the model was compiled
+            before, or it is in shards (FSDP).
     """
 
     order = 100  # after those that change gradients
@@ -97,6 +101,11 @@ class Telemetry(Callback):
             raise SetupError(
                 "There can be one Telemetry in a fit, its numbers go to learn.record.layers.",
                 do="name all modules in one.",
+            )
+        if in_shards(learn.model):
+            raise SetupError(
+                "Telemetry cannot watch a model in shards.",
+                do='leave it out, or train with Distributed("ddp").',
             )
         modules = chosen(learn.model, self.modules)
         pace = _Pace(self.every, self.budget)
@@ -221,6 +230,10 @@ class _Run:
 
     def __init__(self, learn: Learner, meters: Meters, pace: _Pace):
         self._meters, self._pace, self.recording = meters, pace, False
+        others = [callback for callback, _ in learn.spans["around_fit"]]
+        self._scaling: Any = next(filter(_scales, others), None)
+        self._factor = torch.ones((), device=meters.device)
+        meters.factor = self._factor if self._scaling else None
         trained = [(name, p) for name, p in learn.model.named_parameters() if p.requires_grad]
         names = [name.removeprefix("_orig_mod.") for name, _ in trained]
         self._params = [param for _, param in trained]
@@ -233,6 +246,8 @@ class _Run:
 
     def begin(self) -> None:
         self.recording = self._meters.recording = self._pace.begin()
+        if self.recording and self._scaling:
+            self._factor.copy_(self._scaling.gradient_factor)
 
     def keep_weights(self) -> None:
         """Keep some of each parameter, and take the norms of all and of the gradients."""
@@ -326,9 +341,9 @@ class _Window:
         if self._batches:
             self._dead.copy_(self._meters.take_dead())
         for host, device in zip(self._on_host, self._on_device, strict=True):
-            host.copy_(device, non_blocking=True)
-        if self._arrived:
-            self._arrived.record()
+            host.copy_(device, non_blocking=bool(self._arrived))
+        if self._arrived:  # on the stream of the copies: another GPU may be the current one
+            self._arrived.record(torch.cuda.current_stream(self._rows.device))
         self._sent, self._batches = self._batches, []
         self._updates.fill_(math.nan)
         self.updates = self._updates[0]
@@ -341,6 +356,10 @@ class _Window:
         for i, batch in enumerate(self._sent):
             layers.append((batch, batch), rows[i], dead, updates[i])
         self._sent = []
+
+
+def _scales(callback: Callback) -> bool:
+    return getattr(callback, "gradient_factor", None) is not None  # fp16's `Precision`
 
 
 def _gradient(param: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -61,14 +62,16 @@ class ArrayDataset:
         Raises:
             SetupError: they do not fit there.
         """
+        moved = copy.copy(self)  # of a subclass, one of that
         try:
-            return ArrayDataset(*(array.to(device) for array in self.arrays))
+            moved.arrays = tuple(array.to(device) for array in self.arrays)
         except torch.OutOfMemoryError:
             raise SetupError(
                 f"The data do not fit on {device}.",
                 saw=f"{self.nbytes / 1e6:,.1f} MB wanted, {_free(device) / 1e6:,.1f} free",
                 do="leave them where they are: batches are moved as they come.",
             ) from None
+        return moved
 
     @property
     def nbytes(self) -> int:

@@ -73,7 +73,7 @@ class Loader:
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, checked_seed(seed)
         self.workers, self.timeout = int(workers), 60.0
         self.epoch = 0
-        self._given: tuple[int, Tensor, int] | None = None
+        self._given: tuple[int, Tensor, int, int] | None = None
         if hasattr(dataset, "batches"):
             _check_idle(workers, dataset)
         if not len(self):
@@ -100,8 +100,10 @@ class Loader:
         order = self.order(epoch)[start * self.batch_size : len(self) * self.batch_size]
         try:
             for number, batch in enumerate(self._made(epoch, start, order)):
-                self._given = epoch, order, number  # `drawn` only when it is asked for: 3 µs less
+                # `drawn` only when it is asked for: 3 µs less
+                self._given = epoch, order, number * self.batch_size, self.batch_size
                 yield batch
+            self._given = None
             return
         except Elsewhere as error:
             failed = error.error
@@ -122,12 +124,11 @@ class Loader:
 
     @property
     def drawn(self) -> Drawn | None:
-        """What the batch given last is made of; None before the first."""
+        """What the batch given last is made of; None before and after a pass."""
         if self._given is None:
             return None
-        epoch, order, number = self._given
-        first_item = number * self.batch_size
-        return Drawn(self.seed, epoch, order[first_item : first_item + self.batch_size])
+        epoch, order, first_item, n = self._given
+        return Drawn(self.seed, epoch, order[first_item : first_item + n])
 
     def order(self, epoch: int) -> Tensor:
         """Return the order of the items in one epoch, an int64 tensor (n,)."""

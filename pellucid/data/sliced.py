@@ -14,7 +14,7 @@ from torch.utils.data import DistributedSampler
 
 from ..errors import SetupError
 from ..tree import leaves, map_leaves, n_items
-from .loader import Drawn, Loader
+from .loader import Loader
 
 
 class Share(NamedTuple):
@@ -55,7 +55,8 @@ class Share(NamedTuple):
 class SlicedLoader(Loader):
     """One rank's part of each batch of a `Loader`; only these items are made.
 
-    Order, epochs and `batch_size` are those of the whole batches.
+    Order, epochs and `batch_size` are those of the whole batches; `drawn` is of the part, also the
+    whole loader's.
 
     Attributes:
         share: of the batch given last, None after the pass.
@@ -75,26 +76,23 @@ class SlicedLoader(Loader):
             for number, batch in enumerate(super().batches(epoch, start), start):
                 n_whole = min(self.batch_size, n - number * self.batch_size)
                 self.share = Share(n_whole, self._rank, self._world)
+                drawn: Any = self.drawn
+                own = drawn.items[self.share.taken]
+                # the whole loader says so too, to whoever holds it (`AlternatingFlip`)
+                self._given = self._whole._given = epoch, own, 0, len(own)
                 yield batch
+            self._whole._given = None
         finally:
             self.share = None
 
     def _made(self, epoch: int, start: int, order: Tensor) -> Iterable[Any]:
-        parts = [items[self._taken(items)] for items in order.split(self.batch_size)]
+        parts = [
+            items[Share(len(items), self._rank, self._world).taken]
+            for items in order.split(self.batch_size)
+        ]
         loader = copy.copy(self._whole)
         loader.batch_size = max(map(len, parts), default=1)  # all but the last are of one size
         return loader._made(epoch, start, torch.cat([order[:0], *parts]))
-
-    def _taken(self, items: Tensor) -> slice:
-        return Share(len(items), self._rank, self._world).taken
-
-    @property
-    def drawn(self) -> Drawn | None:
-        """What this rank's part of the batch given last is made of; None before the first."""
-        whole = super().drawn
-        if whole is None:
-            return None
-        return Drawn(whole.seed, whole.epoch, whole.items[self._taken(whole.items)])
 
 
 class SlicedBatches:
