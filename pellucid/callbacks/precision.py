@@ -113,7 +113,7 @@ def _channels_last(model: nn.Module, opt: Optimizer) -> Generator[None]:
     strides = {conv.weight: conv.weight.stride() for conv in convs}
     try:
         for weight in strides:
-            last = weight.detach().contiguous(memory_format=torch.channels_last)
+            last = torch.empty_like(weight, memory_format=torch.channels_last)
             _lay_out(weight, last.stride(), opt)
         yield
     finally:
