@@ -71,7 +71,8 @@ def _tensors(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 def _fill(tensors: list[Tensor], values: list[Tensor]) -> None:
     if tensors:
-        torch._foreach_copy_(tensors, values)
+        # into .data: a graph that waits for its backward, around a look, stays valid
+        torch._foreach_copy_([tensor.data for tensor in tensors], values)
 
 
 @torch.no_grad()
@@ -80,7 +81,8 @@ def renew_batch_norm(
 ) -> None:
     """Give batch norm the mean statistics over batches, instead of those gathered in training.
 
-    As torch.optim.swa_utils.update_bn does, but for inputs of any kind, and frozen layers stay.
+    As torch.optim.swa_utils.update_bn does, but for inputs of any kind; and frozen layers, or those
+    that no input goes through, stay.
 
     Args:
         model: its batch norms are set; the modes of all modules are put back.
@@ -92,6 +94,7 @@ def renew_batch_norm(
         model.train()
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
         momenta = [norm.momentum for norm in norms]
+        before = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
         try:
             for norm in norms:
                 norm.reset_running_stats()
@@ -99,5 +102,7 @@ def renew_batch_norm(
             for x in inputs if norms else ():
                 forward(x)
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
+            for norm, momentum, values in zip(norms, momenta, before, strict=True):
                 norm.momentum = momentum
+                if norm.num_batches_tracked == 0:
+                    _fill(list(norm.buffers()), values)

@@ -39,6 +39,8 @@ class Joint(Optimizer):
                     "Joint takes torch's optimisers, LBFGS excepted.", saw=type(part).__name__
                 )
         super().__init__([g for part in self.parts for g in part.param_groups], {"lr_factor": 1.0})
+        for part in self.parts:
+            self.state.update(part.state)  # what they began with: `fastest` gives SGD its momentum
         self._share()
 
     @property

@@ -15,7 +15,7 @@ from . import tree
 from .binding import bind
 from .data import ArrayDataset, Loader, preserved_order
 from .errors import SetupError
-from .events import Callback, CancelBatch
+from .events import Callback, CancelBatch, in_order
 from .record import Record
 from .slips import located
 from .snapshot import (
@@ -87,10 +87,13 @@ class _KeepPredictions(Callback):
 def _looking(learn: Learner, loader: Any, *callbacks: Callback) -> Generator[None]:
     """Let a block go through a loader without training, and put back all that it can disturb.
 
-    Of the learner's callbacks, copies of those that change the course act (a prediction must go the
-    way that training went); those that only watch do not.
+    Copies of those callbacks act that change the course, within a fit of the fit's own too (a
+    prediction must go the way that training goes); those that only watch do not.
     """
-    acting = copies(learn, [callback for callback in learn.callbacks if callback.changes])
+    hearers = [*learn.handlers.values(), *learn.spans.values()]
+    of_fit = {id(callback): callback for pairs in hearers for callback, _ in pairs}
+    known = in_order(of_fit.values()) or learn.callbacks
+    acting = copies(learn, [callback for callback in known if callback.changes])
     with ExitStack() as stack:
         stack.enter_context(_attributes_kept(learn))
         stack.enter_context(preserved_buffers(learn.model))

@@ -133,19 +133,26 @@ def beta_quantile(alpha: float, probability: float) -> float:
     """
     lower = min(probability, 1 - probability)
     masses, places = _lower_half(alpha)
-    # between two places the mass is a straight line in x ** alpha
-    x = float(np.interp(2 * lower, masses, places)) ** (1 / alpha)
+    # between two places the mass is nearly a straight line in (2 x) ** alpha
+    x = float(np.interp(2 * lower, masses, places)) ** (1 / alpha) / 2
     return x if probability <= 0.5 else 1 - x
 
 
 @cache
 def _lower_half(alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mass of the lower half of the distribution up to places of x ** alpha.
+    """Return the mass of the lower half of the distribution up to places of (2 x) ** alpha.
 
-    In w = x ** alpha the density is (1 - w ** (1 / alpha)) ** (alpha - 1), which is finite for
-    every alpha; in x it is infinite at 0 for alpha below 1.
+    In v = (2 x) ** alpha the density is (1 - x) ** (alpha - 1), finite for every alpha; in x it is
+    infinite at 0 for alpha below 1. For alpha above 1 nearly all places of even v lie where there
+    is no mass, so there they are even in x.
     """
-    w = np.linspace(0, 0.5**alpha, 4097)
-    density = (1 - w ** (1 / alpha)) ** (alpha - 1)
-    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return mass / mass[-1], w
+    even = np.linspace(0, 1, 4097)
+    if alpha <= 1:
+        density = (1 - even ** (1 / alpha) / 2) ** (alpha - 1)
+        places, masses = even, (density[1:] + density[:-1]) / 2
+    else:
+        nodes, weights = np.polynomial.legendre.leggauss(4)
+        within = even[:-1, None] + (nodes + 1) / 2 * even[1]  # of 2 x
+        places, masses = even**alpha, (within * (2 - within)) ** (alpha - 1) @ weights
+    mass = np.concatenate([[0.0], np.cumsum(masses)])
+    return mass / mass[-1], places

@@ -139,15 +139,17 @@ class Muon(Optimizer):
     def _move(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Step with parameters of one shape."""
         gradients = [param.grad for param in params if param.grad is not None]
-        if scale := getattr(self, "grad_scale", None):
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
             torch._foreach_div_(gradients, scale)
         buffers = [self._momentum(param) for param in params]
         momentum, rate = group["momentum"], group["lr"]
         share, decay = 1 - momentum, rate * group["weight_decay"]
         bad = getattr(self, "found_inf", None)
         if bad is not None:  # then nothing may move, not even by NaN times zero
-            gradients = [torch.where(bad != 0, 0, gradient) for gradient in gradients]
-            share, decay, rate = ((1 - bad) * factor for factor in (share, decay, rate))
+            pairs = zip(gradients, buffers, strict=True)  # towards themselves momenta stay
+            gradients = [torch.where(bad != 0, buffer, gradient) for gradient, buffer in pairs]
+            decay, rate = ((1 - bad) * factor for factor in (decay, rate))
         torch._foreach_lerp_(buffers, gradients, share)
         ahead = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
         matrices = torch.stack([direction.flatten(1) for direction in ahead])

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from . import foundations
 from .errors import SetupError, UnknownName, did_you_mean
@@ -78,9 +78,12 @@ def fastest(
     for form in [] if fixed else ["fused", "foreach"]:
         if form in arguments(opt_func):
             try:
-                return opt_func(_copied(params), lr=lr, **{form: True})
+                optimizer = opt_func(_copied(params), lr=lr, **{form: True})
             except (RuntimeError, TypeError, ValueError):
                 continue  # not for these parameters; if more is wrong, the plain form says it
+            if form == "fused":
+                begin_momentum(optimizer)
+            return optimizer
     return opt_func(params, lr=lr)
 
 
@@ -117,8 +120,9 @@ def guards(optimizer: Optimizer) -> bool:
 def begin_momentum(optimizer: Optimizer) -> None:
     """Give SGD the momentum of zero that its first step begins with.
 
-    Else a first step that is not taken leaves memory as it was found for the second to use (torch
-    2.13, fused). With dampening torch's first step differs from the others; it stays as it is.
+    Fused, in torch 2.13, a first step that is not taken else leaves memory as it was found for the
+    second to use; and a parameter whose first gradient comes later than others' is an error.
+    With dampening torch's first step differs from the others; it stays as it is.
     """
     for group in optimizer.param_groups:
         if group.get("momentum") and group.get("dampening") == 0:
@@ -140,6 +144,20 @@ def guard(optimizer: Optimizer, bad: Tensor | None) -> Generator[None]:
         yield
     finally:
         vars(optimizer).pop("found_inf", None)
+
+
+def takes_one_gradient(optimizer: Optimizer, what: str) -> None:
+    """Refuse LBFGS, which evaluates a batch several times itself, where `what` would be lost.
+
+    Raises:
+        SetupError: it is LBFGS.
+    """
+    if isinstance(optimizer, LBFGS):
+        raise SetupError(
+            "LBFGS evaluates a batch several times, past what was set for its gradient.",
+            saw=f"LBFGS with {what}",
+            do="leave one of them out.",
+        )
 
 
 def checked_lr(lr: float) -> float:

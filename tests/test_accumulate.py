@@ -280,3 +280,21 @@ def test_clip_is_that_of_torch(limit):
 def test_clip_takes_one_positive_limit(limit):
     with pytest.raises(SetupError, match="Clip takes"):
         Clip(**limit)
+
+
+def test_a_window_without_weight_leaves_the_weights_alone():
+    class Padding(Callback):  # of which a masked mean makes 0
+        changes = True
+
+        def after_loss(self, learn):
+            learn.loss = learn.loss * (learn.batch_index >= 2)
+
+    def weigh(learn):
+        return learn.y.new_tensor(len(learn.y) if learn.batch_index >= 2 else 0)
+
+    steps = Steps()
+    learn = learner(pieces([4, 4, 4, 4]), Accumulate(2, weigh), Padding(), steps)
+    learn.fit(1)
+    first, second = steps.gradients
+    assert all(not gradient.any() for gradient in first)
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in second)

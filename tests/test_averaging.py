@@ -183,13 +183,15 @@ def test_the_average_is_inside_from_the_end_of_training_to_the_end_of_the_epoch(
     assert watching.losses["epoch"] == learn.record.epochs["valid/loss"][-1]
 
 
+@pytest.mark.parametrize("moment", ["before_batch", "after_predict", "after_backward"])
+@pytest.mark.parametrize("of_fit", [False, True])
 def test_a_look_in_the_midst_of_training_sees_the_average_and_leaves_the_weights(
-    model, data, quiet
+    moment, of_fit, model, data, quiet
 ):
     ema, losses = EMA(0.9), []
 
     class Looks(Callback):
-        def before_batch(self, learn: Learner) -> None:
+        def _look(self, learn: Learner) -> None:
             if learn.training and learn.batch_index == 3:
                 weights = state(learn.model)
                 losses.append(learn.validate()["loss"])
@@ -201,7 +203,10 @@ def test_a_look_in_the_midst_of_training_sees_the_average_and_leaves_the_weights
                     learn.validate([(torch.zeros(2, 5), torch.zeros(2))])
                 assert same(weights, state(learn.model))
 
-    learner(model, data, quiet, ema, Looks()).fit(1)
+    looks = Looks()
+    setattr(looks, moment, looks._look)
+    both = [[ema, looks], []]
+    learner(model, data, quiet, *both[of_fit]).fit(1, callbacks=both[not of_fit])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -422,6 +427,26 @@ def test_statistics_are_renewed_as_torch_does(sizes, training):
     assert model.training == training and model[1].momentum == 0.3
 
 
+def test_statistics_stay_where_nothing_goes_through():
+    model = nn.ModuleDict({"used": nn.BatchNorm1d(3), "not": nn.BatchNorm1d(3)})
+    for norm in model.values():
+        norm(torch.randn(8, 3) + 1)
+    before = state(model)
+    renew_batch_norm(model, [], model["used"])
+    assert same(before, state(model))
+    renew_batch_norm(model, [torch.randn(8, 3) + 5], model["used"])
+    assert same(state(model["not"]), {k[4:]: v for k, v in before.items() if k[:4] == "not."})
+    assert model["used"].running_mean.mean() > 4
+
+
+def test_swa_of_a_loader_that_gives_its_batches_once_keeps_the_statistics(model, data, quiet):
+    batches = list(copy.deepcopy(data.train))
+    twin = copy.deepcopy(model)
+    for net, train, callbacks in ((model, iter(batches), [SWA()]), (twin, batches, [])):
+        Learner(net, DataLoaders(train), F.cross_entropy, callbacks=[quiet, *callbacks]).fit(1)
+    assert same(state(model), state(twin))
+
+
 # ── lookahead ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -444,6 +469,28 @@ def test_lookahead_is_the_loop_by_hand(pull, model, data, quiet):
     learner(model, data, quiet, Lookahead(3, pull)).fit(2)
     assert same(state(model), slow)
     assert not same(state(theirs), slow)  # ten steps: one more than three meetings
+
+
+@pytest.mark.parametrize("moment", ["after_epoch", "after_step"])
+def test_lookahead_ended_early_ends_with_the_slow_weights(moment, model, data, quiet):
+    lookahead, slow = Lookahead(3), []
+
+    class Stops(Callback):
+        changes = True
+        order = 900
+
+        def _stop(self, learn: Learner) -> None:
+            if learn.epoch == 1:
+                twin = copy.deepcopy(learn.model)
+                lookahead._slow.put_into(twin)
+                slow.append(state(twin))
+                assert not same(slow[0], state(learn.model))
+                raise CancelFit
+
+    stops = Stops()
+    setattr(stops, moment, stops._stop)
+    learner(model, data, quiet, lookahead).fit(4, callbacks=[stops])
+    assert same(state(model), slow[0])
 
 
 # ── the plain parts ───────────────────────────────────────────────────────────────────────────

@@ -89,3 +89,9 @@ def test_too_few_batches_are_said_to_be(time, capsys):
     assert watch.verdict == "too few batches to tell what decides the pace"
     watch = fitted(time, 1.0, 3.0, epochs=0)
     assert "bound" not in capsys.readouterr().out and watch.cold is None
+
+
+def test_in_many_processes_only_the_first_speaks(time, capsys, monkeypatch):
+    monkeypatch.setattr(clocks, "is_first", lambda: False)
+    fitted(time, 0.1, 0.1)
+    assert not capsys.readouterr().out

@@ -187,9 +187,9 @@ class Diary(Callback):
 
 
 @pytest.mark.parametrize("others", [[], [Accumulate(2)], [NonFinite("skip")]])
-def test_stages_thaw_from_the_head_to_the_input(others, model, data, quiet):
+@pytest.mark.parametrize("opt_func", OPTIMISERS.values(), ids=OPTIMISERS)
+def test_stages_thaw_from_the_head_to_the_input(opt_func, others, model, data, quiet):
     diary = Diary()
-    opt_func = partial(AdamW, weight_decay=0.5)
     learn = Learner(model, data, opt_func=opt_func, lr=0.1, callbacks=[quiet, diary, *others])
     learn.fit(5, callbacks=[Unfreeze(every=2)])
     second = HEAD | {name for name in BODY if name[0] in "45"}

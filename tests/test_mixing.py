@@ -67,7 +67,7 @@ def weights(learn: Learner) -> list[torch.Tensor]:
 # ── the functions ─────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("alpha", [0.1, 0.2, 0.4, 0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("alpha", [0.1, 0.2, 0.4, 0.5, 1.0, 2.0, 5.0, 8.0, 32.0, 2000.0])
 def test_the_quantiles_of_the_beta_distribution(alpha):
     """Numbers drawn by inverting are as those that numpy draws: the largest gap of both."""
     uniform = (np.arange(20000) + 0.5) / 20000

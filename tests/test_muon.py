@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_law_no_hidden_reads import readings
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
@@ -18,7 +19,7 @@ from pellucid.callbacks import Clip, NonFinite, OneCycle, Progress
 from pellucid.errors import SetupError
 from pellucid.joint import Joint
 from pellucid.muon import Muon, orthogonalized
-from pellucid.optim import guards
+from pellucid.optim import guard, guards, params_of
 from pellucid.roles import ByRole
 
 
@@ -139,6 +140,12 @@ def test_a_step_switched_off_moves_nothing_even_with_nan(reset_norm):
     stepped(twin, twin_params, 3)
     for a, b in zip(own, twin_params, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_a_step_that_can_be_switched_off_reads_nothing_back():
+    optimizer = Muon(params([(4, 3, 3), (4, 4), (4, 4)]), lr=0.1)
+    with guard(optimizer, torch.zeros(())):
+        assert not readings(stepped, optimizer, params_of(optimizer), 2)
 
 
 # ── with a learner ────────────────────────────────────────────────────────────────────────────

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD, Adagrad, AdamW, RMSprop
 
-from pellucid import Callback, DataLoaders, Learner, Loader
+from pellucid import Callback, CancelBatch, CancelEpoch, DataLoaders, Learner, Loader
 from pellucid.callbacks import (
     Accumulate,
     Clip,
@@ -364,3 +364,57 @@ def test_a_search_that_ends_leaves_no_note(quiet):
     with pytest.raises(NonFiniteLoss, match="not finite in item") as caught:
         learn.fit(1, callbacks=[quiet])
     assert not any("culprit" in n for n in getattr(caught.value, "__notes__", ()))
+
+
+@pytest.mark.parametrize("cancel", [CancelBatch, CancelEpoch])
+@pytest.mark.parametrize("moment, order", [("after_loss", 30), ("after_backward", 6)])
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_a_batch_that_is_cancelled_for_its_loss_does_not_count(
+    action, moment, order, cancel, everywhere
+):
+    """Nothing of it is on record; if it counted, no step would be taken again and nobody told."""
+
+    class Cancels(Callback):
+        changes = True
+
+        def _cancel(self, learn):
+            if learn.training and not learn.loss.isfinite():
+                raise cancel
+
+    class Steps(Callback):
+        order = 100
+
+        def __init__(self):
+            self.moved = []
+
+        def before_batch(self, learn):
+            self.before = [param.detach().clone() for param in learn.model.parameters()]
+
+        def after_batch(self, learn):
+            pairs = zip(self.before, learn.model.parameters(), strict=True)
+            self.moved.append(not all(before.equal(param) for before, param in pairs))
+
+    cancels, steps = Cancels(), Steps()
+    cancels.order = order
+    setattr(cancels, moment, cancels._cancel)
+    learn = learner(Spoils("loss"), cancels, NonFinite(action), steps)
+    learn.fit(2)
+    n_left = 1 if cancel is CancelBatch else N - AT
+    moved = [True] * AT + [False] * (cancel is CancelBatch) + [True] * (2 * N - AT - n_left)
+    assert steps.moved == moved
+    assert len(learn.record["train/loss"]) == 2 * N - n_left
+
+
+def test_a_cancelled_batch_does_not_hide_the_one_before_it(everywhere):
+    class Cancels(Callback):
+        changes = True
+        order = 30
+
+        def after_loss(self, learn):
+            if learn.batch_index == AT + 1:
+                raise CancelBatch
+
+    learn = learner(Spoils("loss"), Cancels())
+    with pytest.raises(NonFiniteLoss, match=f"batch {AT} "):
+        learn.fit(1)
+    assert all(param.isfinite().all() for param in learn.model.parameters())

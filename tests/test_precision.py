@@ -1,6 +1,7 @@
 """Precision: autocast for the time of a fit, and gradients that neither vanish nor overflow."""
 
 import pickle
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.amp import GradScaler
-from torch.optim import SGD, AdamW, RMSprop
+from torch.optim import LBFGS, SGD, AdamW, RMSprop
 
 from pellucid import Callback, DataLoaders, Learner
 from pellucid.callbacks import Accumulate, Clip, Debug, NonFinite, Precision, Progress
@@ -215,3 +216,72 @@ def test_it_pickles_after_a_fit():
 def test_another_word_is_refused():
     with pytest.raises(SetupError, match='"auto", "bf16", "fp16" or "fp32"'):
         Precision("half")
+
+
+class Within(Callback):
+    """Do something in a batch of the fit."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def after_batch(self, learn):
+        if learn.training and learn.batch_index == 2:
+            self.act(learn)
+
+
+@pytest.mark.parametrize("opt_func", [partial(SGD, momentum=0.9), AdamW])
+@pytest.mark.parametrize("fits", [("bf16", None), (None, "bf16"), ("fp16", None, "bf16")])
+def test_the_optimisers_state_is_laid_out_as_the_weights_are(fits, opt_func):
+    """A fused step goes by places in memory, torch's loop over parameters does not."""
+
+    def trained(**form):
+        learn = learner(opt_func=partial(opt_func, **form))
+        learn.model[1] = nn.Identity()  # batch norm leaves a bias no gradient, AdamW makes it one
+        for name in fits:
+            learn.fit(1, callbacks=[Precision(name)] if name else [])
+        return learn.model
+
+    ours, theirs = trained(fused=True).parameters(), trained(foreach=True).parameters()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_fit_within_leaves_the_layout_alone_and_the_end_gives_back_the_users():
+    strides = []
+
+    def fit(learn):
+        with learn.untouched():
+            learn.fit(1)
+        strides.append(learn.model[0].weight.stride())
+
+    learn = learner(Precision("bf16"), opt_func=AdamW)
+    learn.fit(1, callbacks=[Within(fit)])
+    plain = cnn()[0].weight
+    assert strides == [plain.to(memory_format=torch.channels_last).stride()]
+    assert learn.model[0].weight.stride() == plain.stride()
+    learn.model.to(memory_format=torch.channels_last)
+    learn.reset_optimizer()
+    learn.fit(1)
+    assert learn.model[0].weight.stride() == strides[0]
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_loss_in_half_precision_will_do(name, n):
+    def loss_func(preds, y):
+        return preds.abs().mean()  # autocast leaves it in the precision of preds
+
+    dtypes = []
+    watch = Within(lambda learn: dtypes.append(learn.loss.dtype))
+    weighed = Accumulate(n, weigh=lambda learn: (learn.y >= 0).sum())
+    learn = learner(Precision(name), watch, weighed)
+    learn.loss_func = loss_func
+    learn.fit(3)
+    assert set(dtypes) == {torch.bfloat16 if name == "bf16" else torch.float16}
+    assert learn.record["train/loss"][-1] < learn.record["train/loss"][0]
+
+
+@pytest.mark.parametrize("callback", [Precision("bf16"), Precision(), Clip(1.0), Clip(value=1.0)])
+def test_what_lbfgs_would_pass_by_is_refused(callback):
+    with pytest.raises(SetupError, match="LBFGS"):
+        learner(callback, opt_func=LBFGS).fit(1)
+    learner(Precision("fp32"), opt_func=LBFGS).fit(1)

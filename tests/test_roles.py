@@ -329,3 +329,14 @@ def test_slips_are_refused(settings, error):
 def test_joint_takes_torchs_optimisers_but_lbfgs(model):
     with pytest.raises(SetupError, match="LBFGS"):
         Joint([torch.optim.LBFGS(model.parameters())])
+
+
+def test_state_that_begins_with_the_optimiser_is_kept(model):
+    """Adagrad makes its sums, `optim.fastest` gives SGD its momentum, before the first step."""
+    makers = [torch.optim.Adagrad, partial(torch.optim.SGD, momentum=0.9)]
+    for maker in makers:
+        joint = build_optimizer(ByRole(maker, lr_factors={"bias": 2}), model, 0.1)
+        assert isinstance(joint, Joint) and set(joint.state) == set(model.parameters())
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        joint.step()

@@ -1,6 +1,7 @@
 """Parts of a model in turn: a GAN by the ordinary fit, bit for bit as by hand."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from pellucid import Callback, CancelBatch, DataLoaders, Learner
-from pellucid.callbacks import Accumulate, OneCycle, Progress, TakeTurns
+from pellucid.callbacks import Accumulate, NonFinite, OneCycle, Progress, TakeTurns
 from pellucid.errors import NonFiniteLoss, SetupError, UnknownName
 from pellucid.gan import GAN, gan_batch, wasserstein
+from pellucid.roles import ByRole
 
 
 def gan() -> GAN:
@@ -139,7 +141,7 @@ def test_everything_is_put_back(own):
     assert learn.opt is opt and take.turn is None
     trainable = {name for name, p in learn.model.named_parameters() if not p.requires_grad}
     assert trainable == {"critic.0.bias"} and torch.equal(learn.model.critic[0].bias, frozen)
-    assert not any("found_inf" in vars(opt) for opt in take._opts.values())
+    assert not own or not any("found_inf" in vars(opt) for opt in [take._opt, *take._opt.parts])
 
 
 def test_accumulated_batches_belong_to_one_turn():
@@ -203,6 +205,79 @@ def test_schedules_move_what_steps():
     assert learn.opt.param_groups[0]["lr"] == 0.01
 
 
+def test_rates_move_the_optimisers_of_the_parts_and_come_back():
+    take = turns(opt_funcs={"critic": partial(SGD, momentum=0.9), "generator": SGD})
+    learn = learner(real(*[8] * 12), take)
+    learn.fit(1, callbacks=[OneCycle(0.02)])
+    assert learn.record["lr/0"].max() == pytest.approx(0.02, rel=0.1)
+
+    def used():
+        learn.fit(1)
+        return {learn.record[name][-1] for name in ("lr/0", "lr/1")}
+
+    assert used() == {0.01}  # a schedule ends with the fit
+    learn.fit(1, lr=0.03)
+    assert used() == {0.03}
+
+
+def test_optimisers_of_parts_may_have_groups_of_their_own():
+    take = turns(opt_funcs={"critic": ByRole(AdamW, lr_factors={"bias": 0}), "generator": SGD})
+    learn = learner(real(*[8] * 7), take)
+    biases = [learn.model.critic[i].bias.clone() for i in (0, 2)]
+    before = copy.deepcopy(learn.model.state_dict())
+    learn.fit(1)
+    assert all(map(torch.equal, biases, [learn.model.critic[i].bias for i in (0, 2)]))
+    same = {n for n, value in learn.model.state_dict().items() if torch.equal(value, before[n])}
+    assert same == {"critic.0.bias", "critic.2.bias"}
+
+
+def test_what_thaws_between_fits_is_trained():
+    take = turns(opt_funcs={"critic": SGD, "generator": SGD})
+    learn = learner(real(*[8] * 7), take)
+    frozen = learn.model.critic[0].weight.requires_grad_(False)
+    before = frozen.detach().clone()
+    learn.fit(1)
+    assert torch.equal(frozen, before)
+    frozen.requires_grad_(True)
+    learn.reset_optimizer()
+    learn.fit(1)
+    assert not torch.equal(frozen, before)
+
+
+def test_one_callback_serves_two_learners():
+    take = turns(opt_funcs={"critic": SGD, "generator": SGD})
+    first, second = (learner(real(*[8] * 7), take) for _ in range(2))
+    for learn in (first, second):
+        torch.manual_seed(5)
+        learn.fit(1)
+    assert_same(first.model, second.model)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_first_step_that_is_skipped_leaves_no_momentum(own):
+    make = partial(SGD, momentum=0.9)
+    train = real(*[4] * 7)
+    train[0][0][2, 3] = torch.inf
+    take = turns(opt_funcs={"critic": make, "generator": make} if own else None)
+    learn = learner(train, take, NonFinite("skip"), opt_func=make)
+    learn.fit(1)
+    params = [learn.model.critic[0].weight, learn.model.generator[0].weight]
+    assert all(param.isfinite().all() and param.abs().max() < 10 for param in params)
+
+
+def test_parts_and_what_is_in_none_may_train_with_momentum(data, model):
+    learn = Learner(
+        model, data, F.cross_entropy, partial(SGD, momentum=0.9), device="cpu",
+        callbacks=[TakeTurns({"0": 1, "4": 2}), Progress("off")],
+    )  # fmt: skip
+    before = copy.deepcopy(model.state_dict())
+    learn.fit(1)
+    now = model.state_dict()
+    assert not any(
+        torch.equal(now[name], before[name]) for name in ("0.weight", "1.weight", "4.weight")
+    )
+
+
 def test_parts_of_any_model_take_turns_without_a_batch_of_their_own(data, model):
     watch = Watch()
     model.turn = "either"
@@ -223,6 +298,13 @@ def test_wrong_turns_are_refused():
         TakeTurns({"critic": 5, "generator": 0})
     with pytest.raises(SetupError, match="needs an optimiser"):
         TakeTurns({"critic": 5, "generator": 1}, opt_funcs={"critic": SGD})
+    shared = learner(real(4), turns())
+    shared.model.critic[0].bias = shared.model.generator[0].bias
+    with pytest.raises(SetupError, match="share parameters"):
+        shared.fit(1)
+    parts = {"critic": SGD, "generator.0": SGD}
+    with pytest.raises(SetupError, match="in no part"):
+        learner(real(4), TakeTurns(dict.fromkeys(parts, 1), opt_funcs=parts)).fit(1)
     with pytest.raises(UnknownName, match="no part 'crtic'"):
         learner(real(4), TakeTurns({"crtic": 5, "generator": 1})).fit(1)
     with pytest.raises(SetupError, match="for a GAN"):

@@ -7,13 +7,12 @@ from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS
 
 from .. import tree
 from ..errors import SetupError
 from ..events import Callback, CancelStep
 from ..learner import Learner
-from ..optim import gradients
+from ..optim import gradients, takes_one_gradient
 
 
 class Accumulate(Callback):
@@ -49,8 +48,7 @@ class Accumulate(Callback):
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:
         """Tell the loop how many batches a step takes in this fit."""
-        if isinstance(learn.opt, LBFGS):
-            raise SetupError("LBFGS evaluates a batch several times, which cannot be accumulated.")
+        takes_one_gradient(learn.opt, "Accumulate")
         self._unit, self._held, self._added, learn.batches_per_step = None, 0, 0, self.n
         yield
 
@@ -62,7 +60,7 @@ class Accumulate(Callback):
             if self._unit is None:  # those of a sum over items would overflow in half precision
                 self._unit = weight + (weight == 0)
             self._added = share = weight / self._unit
-            learn.loss.register_hook(lambda gradient: gradient * share)
+            learn.loss.register_hook(lambda gradient: (gradient * share).to(gradient.dtype))
 
     def after_backward(self, learn: Learner) -> None:
         """Keep the gradients, or make them those of the mean over the window."""
@@ -70,7 +68,8 @@ class Accumulate(Callback):
         in_the_midst = learn.loss is not None and (learn.batch_index + 1) % self.n
         if in_the_midst and learn.batch_index + 1 != learn.n_batches:
             raise CancelStep
-        torch._foreach_div_(gradients(learn.opt), self._held)
+        weight = self._held + (self._held == 0)  # a window without weight has no gradient either
+        torch._foreach_div_(gradients(learn.opt), weight)
         self._held = 0
 
     def after_cancel_batch(self, learn: Learner) -> None:

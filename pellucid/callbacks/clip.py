@@ -1,11 +1,14 @@
 """Clipping of gradients."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from ..errors import SetupError
 from ..events import Callback
 from ..learner import Learner
-from ..optim import params_of
+from ..optim import params_of, takes_one_gradient
 
 
 class Clip(Callback):
@@ -19,7 +22,8 @@ class Clip(Callback):
         value: the largest number in it, by absolute value; instead of `norm`.
 
     Raises:
-        SetupError: neither is given, or both, or one that is not positive.
+        SetupError: neither is given, or both, or one that is not positive; or, in the fit, the
+            optimiser evaluates batches itself (LBFGS).
     """
 
     changes = True
@@ -31,6 +35,12 @@ class Clip(Callback):
         if not (norm or value or 0) > 0:
             raise SetupError("Clip takes a positive limit.", saw=f"norm={norm}, value={value}")
         self.norm, self.value = norm, value
+
+    @contextmanager
+    def around_fit(self, learn: Learner) -> Generator[None]:
+        """Refuse an optimiser whose gradients would not pass here."""
+        takes_one_gradient(learn.opt, "Clip")
+        yield
 
     def after_backward(self, learn: Learner) -> None:
         """Clip."""

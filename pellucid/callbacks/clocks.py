@@ -6,6 +6,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from time import perf_counter
 
+from ..distributed import is_first
 from ..events import Callback
 from ..learner import Learner
 
@@ -66,7 +67,7 @@ class Clocks(Callback):
 
     def after_epoch(self, learn: Learner) -> None:
         """Say what was found in the first epoch."""
-        if self.show and learn.epoch == 0:
+        if self.show and learn.epoch == 0 and is_first():
             print(self.verdict, flush=True)
 
     @property

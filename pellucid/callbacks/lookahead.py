@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from ..averaging import Averages
 from ..errors import SetupError
-from ..events import Callback
+from ..events import Callback, CancelFit
 from ..learner import Learner
 from ..schedules import Schedule
 
@@ -19,7 +19,8 @@ class Lookahead(Callback):
 
     Zhang et al., 2019, "Lookahead optimizer: k steps forward, 1 step back". Batch norm's statistics
     go along. The fit ends with the slow weights, put in place before the last validation; earlier
-    epochs are validated as training stands.
+    epochs are validated as training stands. Where a callback ends the fit before, it ends with them
+    too; after an error with the trained ones.
 
     Args:
         every: steps from one meeting to the next.
@@ -57,6 +58,16 @@ class Lookahead(Callback):
     def before_fit(self, learn: Learner) -> None:
         """Begin with the weights as they are."""
         self._slow, self._step = Averages(learn.model), learn.step
+
+    @contextmanager
+    def around_epoch(self, learn: Learner) -> Generator[None]:
+        """End with the slow weights if the fit is ended early."""
+        try:
+            yield
+        except CancelFit:
+            if self._slow:
+                self._slow.put_into(learn.model)
+            raise
 
     def after_batch(self, learn: Learner) -> None:
         """Meet, if it is time."""

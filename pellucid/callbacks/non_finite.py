@@ -23,7 +23,10 @@ from ..snapshot import preserved_buffers, preserved_random_state
 _UNHEARD = {
     "stop": ("before_batch", "after_batch"),
     "skip": (),
-    "log": ("before_batch", "after_loss", "after_backward", "after_batch"),
+    "log": (
+        *("before_batch", "after_loss", "after_backward", "after_batch"),
+        *("after_cancel_batch", "after_cancel_epoch"),
+    ),
 }
 
 
@@ -43,6 +46,8 @@ class NonFinite(Callback):
 
     "log" does nothing: the loss goes on record as it is.
 
+    A batch that a callback cancels does not count, whatever its loss.
+
     Args:
         action: as said.
 
@@ -59,16 +64,18 @@ class NonFinite(Callback):
         self.action = action
         for moment in _UNHEARD[action]:
             setattr(self, moment, None)
-        self._look, self._spoilt = self._look_on_device, False
-        self._sum = self._bad = self._n_skipped = torch.zeros(())
+        self._look = self._look_on_device
+        self._spoilt = self._was_spoilt = False
+        self._sum = self._sum_before = self._bad = self._n_skipped = torch.zeros(())
+        self._looked_at = -1  # the batch that may still be cancelled
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self._loader_epoch = 0
 
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:
         """Let the optimiser ask before it steps, for the time of the fit."""
-        numbers = torch.zeros(2, dtype=torch.float32, device=learn.device)  # as the optimisers ask
-        self._sum, self._bad = numbers.unbind()
+        numbers = torch.zeros(3, dtype=torch.float32, device=learn.device)  # as the optimisers ask
+        self._sum, self._sum_before, self._bad = numbers.unbind()
         on_host = self.action == "stop" and _is_host(learn.device)
         self._look = self._look_on_host if on_host else self._look_on_device
         self._stops, self._spoilt = on_host or guards(learn.opt), False
@@ -81,7 +88,7 @@ class NonFinite(Callback):
 
     def before_train(self, learn: Learner) -> None:
         """Tell the tally, and note which pass of the loader this is."""
-        learn.tally.non_finite = self.action
+        learn.tally.non_finite, self._looked_at = self.action, -1
         if self.action == "skip":
             learn.tally.skipped = self._n_skipped = torch.zeros((), device=learn.device)
         self._loader_epoch = getattr(learn.data.train, "epoch", 0)
@@ -95,6 +102,7 @@ class NonFinite(Callback):
     def after_loss(self, learn: Learner) -> None:
         """Look at the loss, where it is."""
         if learn.training and isinstance(learn.loss, Tensor) and not learn.loss.ndim:
+            self._looked_at = learn.batch_index
             self._look(learn.loss.detach())  # backward refuses another
 
     def after_backward(self, learn: Learner) -> None:
@@ -106,10 +114,22 @@ class NonFinite(Callback):
         self._sum.add_(zero_if_finite(gradients(learn.opt), learn.device))
         torch.ne(self._sum, 0, out=self._bad)
         self._sum.zero_()
+        self._looked_at = -1
         self._n_skipped.add_(self._bad)
         if not guards(learn.opt) and self._bad.item():
             learn.zero_grad()
             raise CancelStep
+
+    def after_cancel_batch(self, learn: Learner) -> None:
+        """Forget the batch: it is not on record, so nobody would learn why no step is taken."""
+        if learn.training and self._looked_at == learn.batch_index:
+            self._spoilt, self._looked_at = self._was_spoilt, -1
+            self._sum, self._sum_before = self._sum_before, self._sum
+            torch.ne(self._sum, 0, out=self._bad)
+
+    def after_cancel_epoch(self, learn: Learner) -> None:
+        """Forget the batch in which the pass was left; if it was over, it is on record."""
+        self.after_cancel_batch(learn)
 
     def after_batch(self, learn: Learner) -> None:
         """Put back what the forward pass changed, if its loss was not finite."""
@@ -121,10 +141,14 @@ class NonFinite(Callback):
 
     def _look_on_host(self, loss: Tensor) -> None:
         loss = loss.float() if loss.dtype == torch.bfloat16 else loss  # numpy has no such numbers
+        self._was_spoilt = self._spoilt
         self._spoilt = self._spoilt or not math.isfinite(loss.numpy())  # nothing is copied
 
     def _look_on_device(self, loss: Tensor) -> None:
-        self._sum.add_(loss, alpha=0)  # NaN as soon as one is not finite
+        torch.add(
+            self._sum, loss, alpha=0, out=self._sum_before
+        )  # NaN from one on that is not finite
+        self._sum, self._sum_before = self._sum_before, self._sum
         torch.ne(self._sum, 0, out=self._bad)
 
     def _explain(self, learn: Learner, error: NonFiniteLoss) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.nn.utils import convert_conv2d_weight_memory_format
+from torch.optim import Optimizer
 
 from ..device import choose_precision
 from ..errors import SetupError
 from ..events import Callback, CancelStep
 from ..learner import Learner
-from ..optim import begin_momentum, gradients, guards
+from ..optim import begin_momentum, gradients, guards, takes_one_gradient
 from ..sharding import in_shards, zero_if_finite
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -42,7 +43,8 @@ class Precision(Callback):
             nothing.
 
     Raises:
-        SetupError: there is no such precision.
+        SetupError: there is no such precision; or, in the fit and for all but "fp32", the optimiser
+            evaluates batches itself (LBFGS).
     """
 
     changes = True
@@ -60,6 +62,8 @@ class Precision(Callback):
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:
         """Choose, lay the model out for it, and lay it back at the end."""
+        if self.dtype != "fp32":
+            takes_one_gradient(learn.opt, "Precision")
         known = learn.device_reason
         if self.dtype == "auto":
             self._chosen, reason = choose_precision(learn.device)
@@ -73,14 +77,11 @@ class Precision(Callback):
         laid_out = self._chosen != "fp32" and isinstance(learn.model, nn.Module)
         laid_out = laid_out and not in_shards(learn.model)  # which are gathered in their own layout
         try:
-            if laid_out:
-                convert_conv2d_weight_memory_format(learn.model, torch.channels_last)
-            yield
+            with _channels_last(learn.model, learn.opt) if laid_out else nullcontext():
+                yield
         finally:
             learn.device_reason = known
             vars(learn.opt).pop("found_inf", None)
-            if laid_out:
-                convert_conv2d_weight_memory_format(learn.model, torch.contiguous_format)
 
     def around_forward(self, learn: Learner) -> AbstractContextManager[None]:
         """Let torch compute in the precision."""
@@ -92,7 +93,7 @@ class Precision(Callback):
         """Let the gradient be larger by the scaler's factor; the loss stays what it is."""
         factor = self.gradient_factor
         if factor is not None and learn.training and learn.loss.requires_grad:
-            learn.loss.register_hook(lambda gradient: gradient * factor)
+            learn.loss.register_hook(lambda gradient: (gradient * factor).to(gradient.dtype))
 
     def after_backward(self, learn: Learner) -> None:
         """Make the gradients smaller again, and take no step if they have overflowed."""
@@ -110,3 +111,34 @@ class Precision(Callback):
         elif overflowed.item():
             learn.zero_grad()
             raise CancelStep
+
+
+@contextmanager
+def _channels_last(model: nn.Module, opt: Optimizer) -> Generator[None]:
+    """Lay the weights of 2-d convolutions out channels-last in a block, and then as they were."""
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    strides = {conv.weight: conv.weight.stride() for conv in convs}
+    try:
+        for weight in strides:
+            last = torch.empty_like(weight, memory_format=torch.channels_last)
+            _lay_out(weight, last.stride(), opt)
+        yield
+    finally:
+        for weight, stride in strides.items():
+            _lay_out(weight, stride, opt)
+
+
+def _lay_out(weight: Tensor, stride: tuple[int, ...], opt: Optimizer) -> None:
+    """Lay out a weight, and what the optimiser keeps of it: fused steps go by places in memory."""
+    weight.data = _laid_out(weight.data, stride)
+    state: dict[str, Any] = opt.state.get(weight, {})
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape == weight.shape:
+            state[name] = _laid_out(value, stride)
+
+
+def _laid_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    if tensor.stride() == stride:
+        return tensor
+    new = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+    return new.copy_(tensor)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ..errors import SetupError, UnknownName, did_you_mean
 from ..events import Callback
+from ..joint import Joint
 from ..learner import Learner
 from ..optim import build_optimizer, params_of
 from ..sharding import in_shards
@@ -28,16 +29,18 @@ class TakeTurns(Callback):
     Args:
         turns: steps in a row, by the part's name in the model.
         batch: `(model, x, turn) -> (x, y)`, what the model is given instead; see `gan.gan_batch`.
-        opt_funcs: by part, as `Learner` takes them: each part then has an optimiser of its own,
-            which lives across fits. None trains all by the learner's: it keeps state for each
-            parameter, which is the same as several alike.
+        opt_funcs: by part, as `Learner` takes them: each part then has an optimiser of its own. In
+            the fit they are the learner's, as one (`joint.Joint`); they live as long as the one it
+            had before. None trains all by the learner's: it keeps state for each parameter, which
+            is the same as several alike.
 
     Attributes:
         turn: whose turn it is; None outside a fit.
 
     Raises:
         SetupError: fewer than two parts, a turn of no steps, or other parts in opt_funcs; in the
-            fit: a model in shards.
+            fit: a model in shards, parts that share parameters, or parameters in no part where
+            parts have optimisers of their own.
         UnknownName: in the fit: the model has no such part.
     """
 
@@ -59,33 +62,61 @@ class TakeTurns(Callback):
             raise SetupError("Each part needs an optimiser.", saw=saw)
         self.turns, self.batch, self.opt_funcs = dict(turns), batch, opt_funcs
         self.turn: str | None = None
-        self._opts: dict[str, Optimizer] = {}
+        self._opt: Joint | None = None
+        self._in_place_of: Optimizer | None = None
+        self._lr = 0.0
         self._free: set[int] = set()
 
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:
         """Make the optimisers, and put back who is trainable at the end."""
         own, self.turn = learn.opt, None
+        free = self._checked(learn)
+        self._free = set(map(id, free))
+        try:
+            if self.opt_funcs:
+                learn.opt = self._joint(learn, self.opt_funcs)
+            yield
+        finally:
+            for param in free:
+                param.requires_grad_(True)
+            learn.opt, self.turn = own, None
+
+    def _checked(self, learn: Learner) -> list[nn.Parameter]:
+        """Return what may be trained in the parts."""
         if in_shards(learn.model):
             raise SetupError(
                 "Parts of a model in shards cannot take turns.",
                 do='Distributed("ddp") trains them.',
             )
-        params = {part: list(_part(learn.model, part).parameters()) for part in self.turns}
-        free = [param for part in params.values() for param in part if param.requires_grad]
-        self._free = set(map(id, free))
-        for part, opt_func in (self.opt_funcs or {}).items():
-            held = set(map(id, params_of(self._opts[part]))) if part in self._opts else set()
-            if held.isdisjoint(map(id, params[part])):  # made for no model yet, or for another
-                self._opts[part] = build_optimizer(opt_func, _part(learn.model, part), learn.lr)
-        try:
-            yield
-        finally:
-            for param in free:
-                param.requires_grad_(True)
-            for opt in self._opts.values():
-                vars(opt).pop("found_inf", None)
-            learn.opt, self.turn = own, None
+        parts = [list(_part(learn.model, part).parameters()) for part in self.turns]
+        held = {id(param) for params in parts for param in params}
+        if len(held) < sum(map(len, parts)):
+            raise SetupError("Parts that share parameters cannot take turns.", saw=f"{self.turns}")
+        rest = [name for name, p in learn.model.named_parameters() if id(p) not in held]
+        if rest and self.opt_funcs:
+            raise SetupError(
+                "Where parts have optimisers of their own, what is in no part has none.",
+                saw=", ".join(rest[:4]),
+                do="leave opt_funcs out, or let the parts be the whole model.",
+            )
+        return [param for params in parts for param in params if param.requires_grad]
+
+    def _joint(self, learn: Learner, opt_funcs: Mapping[str, Callable[..., Optimizer]]) -> Joint:
+        """Return the parts' optimisers: those of the last fit, if they are for this learner."""
+        opt, model = self._opt, learn.model
+        held = set(map(id, params_of(opt))) if opt else set()
+        if opt is None or learn.opt is not self._in_place_of or held.isdisjoint(self._free):
+            made = [
+                build_optimizer(f, _part(model, part), learn.lr) for part, f in opt_funcs.items()
+            ]
+            self._opt = opt = Joint(made)
+            self._in_place_of = learn.opt
+        elif learn.lr != self._lr:
+            for group in opt.param_groups:
+                group["lr"] = learn.lr
+        self._lr = learn.lr
+        return opt
 
     def before_batch(self, learn: Learner) -> None:
         """Let the part whose turn it is train, and give it its batch."""
@@ -96,10 +127,6 @@ class TakeTurns(Callback):
             for part in self.turns:
                 for param in _part(learn.model, part).parameters():
                     param.requires_grad_(part == turn and id(param) in self._free)
-            if self._opts:
-                guarded = vars(learn.opt).get("found_inf")  # NonFinite's, see optim.guard
-                learn.opt = self._opts[turn]
-                vars(learn.opt)["found_inf"] = guarded
         if self.batch is not None:
             learn.x, learn.y = self.batch(learn.model, learn.x, turn)
 
