@@ -201,15 +201,29 @@ def has_momentum(group: dict[str, Any]) -> bool:
 
 
 def hyper_names(optimizer: Optimizer, names: Iterable[str]) -> list[str]:
-    """Return what hyper-parameters are called on record: of several groups "lr/0", "lr/1"."""
-    n = len(optimizer.param_groups)
-    return [name if n == 1 else f"{name}/{i}" for name in names for i in range(n)]
+    """Return what hyper-parameters are called on record: of several groups "lr/0", "lr/1".
+
+    Groups that have a "role", and a "stage", see `roles.ByRole`, go by these: "lr/conv",
+    "lr/conv 2".
+    """
+    groups = optimizer.param_groups
+    labels = [f"{g['role']} {g['stage']}" if "stage" in g else g.get("role") for g in groups]
+    if len(set(labels)) < len(groups) or None in labels:
+        labels = [str(i) for i in range(len(groups))]
+    return [name if len(groups) == 1 else f"{name}/{label}" for name in names for label in labels]
 
 
 def hyper_values(optimizer: Optimizer, names: Iterable[str]) -> list[float]:
-    """Return their values, in the order of `hyper_names`."""
+    """Return their values, in the order of `hyper_names`; of "lr" each group's own rate."""
     groups = optimizer.param_groups
-    return [g[name] if name in g else hyper(g, name) for name in names for g in groups]
+    return [
+        g[name] * factor(g, name) if name in g else hyper(g, name) for name in names for g in groups
+    ]
+
+
+def factor(group: dict[str, Any], name: str) -> float:
+    """Return by what a group multiplies a hyper-parameter in a step; 1, but for "lr" in `Joint`."""
+    return group.get("lr_factor", 1.0) if name == "lr" else 1.0
 
 
 def check_trains(optimizer: Optimizer, model: nn.Module, offered: Iterable[nn.Parameter]) -> None:

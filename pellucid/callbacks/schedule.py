@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch.optim import Optimizer
@@ -13,7 +14,15 @@ from ..data import length
 from ..errors import SetupError
 from ..events import Callback
 from ..learner import Learner
-from ..optim import build_optimizer, checked_lr, has_momentum, hyper, hyper_names, set_hyper
+from ..optim import (
+    build_optimizer,
+    checked_lr,
+    factor,
+    has_momentum,
+    hyper,
+    hyper_names,
+    set_hyper,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,8 +79,12 @@ class Schedule(Callback):
 
     def curves(self, opt: Optimizer, epochs: int) -> dict[str, schedules.Schedule]:
         """Return what will be set, by the name it has on record."""
-        by_group = self._by_group(len(opt.param_groups))
-        return dict(zip(hyper_names(opt, [self.name]), by_group, strict=True))
+        groups = opt.param_groups
+        own = [
+            partial(_times, factor(group, self.name), schedule)
+            for group, schedule in zip(groups, self._by_group(len(groups)), strict=True)
+        ]
+        return dict(zip(hyper_names(opt, [self.name]), own, strict=True))
 
     def _by_group(self, n_groups: int) -> Sequence[schedules.Schedule]:
         if not isinstance(self.schedule, Sequence):
@@ -82,6 +95,10 @@ class Schedule(Callback):
                 saw=f"{len(self.schedule)} schedules, {n_groups} groups",
             )
         return list(self.schedule)
+
+
+def _times(factor: float, schedule: schedules.Schedule, position: float) -> float:
+    return factor * schedule(position)
 
 
 class OneCycle(Callback):
