@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from pellucid import Callback, CancelBatch, DataLoaders, Learner
-from pellucid.callbacks import Accumulate, NonFinite, OneCycle, Progress, TakeTurns
+from pellucid.callbacks import Accumulate, NonFinite, OneCycle, Progress, TakeTurns, Unfreeze
 from pellucid.errors import NonFiniteLoss, SetupError, UnknownName
 from pellucid.gan import GAN, gan_batch, wasserstein
 from pellucid.roles import ByRole
@@ -289,6 +289,21 @@ def test_parts_of_any_model_take_turns_without_a_batch_of_their_own(data, model)
     changed = [moved - {"1"} for _, moved in watch.rows[:5]]  # the norm is in no part
     assert changed == [{"0"}, {"4"}, {"4"}, {"0"}, {"4"}]
     assert all("1" in moved for _, moved in watch.rows[:5])
+
+
+def test_who_waits_stays_as_it_is_while_others_thaw(data):
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(3)])
+    model.turn = "either"
+    watch, parts = Watch(), {"0": 3, "1": 2}
+    learn = Learner(
+        model, DataLoaders(data.train), F.cross_entropy, SGD, device="cpu",
+        callbacks=[TakeTurns(parts), Unfreeze(), watch, Progress("off")],
+    )  # fmt: skip
+    learn.fit(3)
+    free = [{"2"}] * 5 + [{"1", "2"}] * 5 + [{"0", "1", "2"}] * 5
+    waits = [{"1"}, {"1"}, {"1"}, {"0"}, {"0"}] * 3
+    assert [moved for _, moved in watch.rows] == [a - b for a, b in zip(free, waits, strict=True)]
+    assert all(param.requires_grad for param in model.parameters())
 
 
 def test_wrong_turns_are_refused():

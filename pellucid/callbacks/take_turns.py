@@ -65,22 +65,22 @@ class TakeTurns(Callback):
         self._opt: Joint | None = None
         self._in_place_of: Optimizer | None = None
         self._lr = 0.0
-        self._free: set[int] = set()
+        self._trained: list[nn.Parameter] = []  # in this fit, by whoever's turn it is
+        self._free: set[int] = set()  # of these what nobody else keeps frozen in this epoch
 
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:
         """Make the optimisers, and put back who is trainable at the end."""
         own, self.turn = learn.opt, None
-        free = self._checked(learn)
-        self._free = set(map(id, free))
+        self._trained = self._checked(learn)
+        self._free = set(map(id, self._trained))
         try:
             if self.opt_funcs:
                 learn.opt = self._joint(learn, self.opt_funcs)
             yield
         finally:
-            for param in free:
-                param.requires_grad_(True)
-            learn.opt, self.turn = own, None
+            self.before_epoch(learn)
+            learn.opt, self._trained = own, []
 
     def _checked(self, learn: Learner) -> list[nn.Parameter]:
         """Return what may be trained in the parts."""
@@ -118,11 +118,19 @@ class TakeTurns(Callback):
         self._lr = learn.lr
         return opt
 
+    def before_epoch(self, learn: Learner) -> None:
+        """Let go who waits, so that others may freeze and unfreeze now."""
+        self.turn = None
+        for param in self._trained:
+            param.requires_grad_(True)
+
     def before_batch(self, learn: Learner) -> None:
         """Let the part whose turn it is train, and give it its batch."""
         sequence = [part for part, n in self.turns.items() for _ in range(n)]
         turn = sequence[learn.step % len(sequence) if learn.training else 0]
         if learn.training and turn != self.turn:
+            if self.turn is None:
+                self._free = {id(param) for param in self._trained if param.requires_grad}
             self.turn = turn
             for part in self.turns:
                 for param in _part(learn.model, part).parameters():
