@@ -203,12 +203,26 @@ def _draw_metric(axes: Axes, metric: str, epochs: Table) -> None:
 
 
 def _draw_columns(axes: Axes, columns: Mapping[str, Numbers], title: str) -> None:
-    for colour, (name, values) in zip(_COLOURS * 9, columns.items(), strict=False):
-        axes.plot(np.arange(1, len(values) + 1), values, color=colour, linewidth=1.8, label=name)
+    lines = _alike(columns)
+    for colour, (label, values) in zip(_COLOURS * 9, lines.items(), strict=False):
+        axes.plot(np.arange(1, len(values) + 1), values, color=colour, linewidth=1.8, label=label)
     axes.set(title=title.replace("_", " "), xlabel="batch")
     axes.locator_params(axis="x", integer=True)
-    if len(columns) > 1:
-        axes.legend(frameon=False)
+    if len(lines) > 1:
+        axes.legend(frameon=False, fontsize="small")
+
+
+def _alike(columns: Mapping[str, Numbers]) -> dict[str, Numbers]:
+    """Join columns of the same values, which would be drawn one over the other, under one label."""
+    names: dict[bytes, list[str]] = {}
+    for name, values in columns.items():
+        names.setdefault(np.asarray(values, dtype=np.float64).tobytes(), []).append(name)
+    return {", ".join(map(_part, same)): columns[same[0]] for same in names.values()}
+
+
+def _part(name: str) -> str:
+    """Return the name of a parameter group in "lr/conv"."""
+    return name.split("/", 1)[-1]
 
 
 def _limit_to_bulk(axes: Axes, values: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from pellucid import Learner, foundations
-from pellucid.callbacks import OneCycle, Schedule
+from pellucid import DataLoaders, Learner, foundations
+from pellucid.callbacks import Debug, OneCycle, Schedule
 from pellucid.errors import SetupError, UnknownName
 from pellucid.joint import Joint
 from pellucid.nn import RunningBatchNorm
@@ -340,3 +341,27 @@ def test_state_that_begins_with_the_optimiser_is_kept(model):
         for param in model.parameters():
             param.grad = torch.ones_like(param)
         joint.step()
+
+
+def test_the_rates_on_record_and_in_a_plan_are_those_of_the_steps(quiet):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    data = DataLoaders([(torch.randn(5, 4), torch.randint(3, (5,)))] * 6, classes=3)
+    opt_func = ByRole(partial(SGD, momentum=0.0), lr_factors={"bias": 3}, depth_decay=0.5)
+    learn = Learner(model, data, opt_func=opt_func, lr=0.1, callbacks=[quiet])
+    moved = []
+
+    def look(learn):
+        before = [param.detach().clone() for param in model.parameters()]
+        moved.append((before, [param.grad.clone() for param in model.parameters()]))
+
+    figure = learn.plan(2, [OneCycle(0.1)])
+    learn.fit(2, callbacks=[OneCycle(0.1), Debug("after_backward", look)])
+    names = ["lr/matrix 0", "lr/bias 0", "lr/head 1", "lr/bias 1"]
+    assert {name for name in learn.record.batches if name.startswith("lr")} == set(names)
+    moved.append(([param.detach() for param in model.parameters()], None))
+    for i, ((before, grads), (after, _)) in enumerate(pairwise(moved)):
+        for name, old, new, grad in zip(names, before, after, grads, strict=True):
+            torch.testing.assert_close(new, old - learn.record[name][i] * grad)
+    drawn = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    assert drawn["bias 0"].max() == pytest.approx(3 * drawn["matrix 0"].max())
+    assert drawn["head 1"].tolist() == pytest.approx(learn.record["lr/head 1"].tolist())
