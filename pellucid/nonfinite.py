@@ -15,6 +15,10 @@ _MANY = 8
 """Items that are listed by number; of more the first."""
 
 
+_LARGE = 50.0
+"""From here on numbers may well have grown: exp(89) is infinite in single precision."""
+
+
 class Culprit(NamedTuple):
     """What was the first that was not finite, and what to do about it."""
 
@@ -83,25 +87,25 @@ def _in_tensors(x: Any, y: Any, numbers: Sequence[int] | None) -> Culprit | None
 def _on_the_way(
     model: nn.Module, forward: Callable[[], Any], loss: Callable[[Any], Tensor]
 ) -> Culprit | None:
-    found: list[str] = []
+    found: list[Culprit] = []
     names = {module: name for name, module in model.named_modules()}
 
     def look(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if not found and _bad(output) and not _bad(inputs):
             name = f"{names[module]!r} ({type(module).__name__})" if names[module] else "the model"
-            found.append(f"{name} gives what is not finite, for inputs up to {_size(inputs):.3g}")
+            found.append(Culprit(f"{name} gives what is not finite, for inputs {_range(inputs)}",
+                                 _cure(inputs)))  # fmt: skip
 
     with ExitStack() as stack, torch.no_grad():
         for module in names:
             stack.callback(module.register_forward_hook(look).remove)
         preds = forward()
         value = loss(preds)
-    cure = "a lower lr is the usual cure, learn.find_lr().plot() shows which."
     if found:
-        return Culprit(found[0], cure)
+        return found[0]
     if not _bad(value):
         return None
-    return Culprit(f"the loss is not finite, for predictions up to {_size(preds):.3g}", cure)
+    return Culprit(f"the loss is not finite, for predictions {_range(preds)}", _cure(preds))
 
 
 def _floats(part: Any) -> list[Tensor]:
@@ -117,5 +121,18 @@ def _n_bad(tensor: Tensor) -> int:
     return int((~tensor.detach().isfinite()).sum())
 
 
-def _size(part: Any) -> float:
-    return max((leaf.detach().abs().max().item() for leaf in _floats(part)), default=0.0)
+def _range(part: Any) -> str:
+    leaves = [leaf.detach() for leaf in _floats(part)]
+    if not leaves:
+        return "that are no floats"
+    low, high = min(x.min().item() for x in leaves), max(x.max().item() for x in leaves)
+    return f"from {low:.3g} to {high:.3g}"
+
+
+def _cure(part: Any) -> str:
+    if max((leaf.detach().abs().max().item() for leaf in _floats(part)), default=0.0) > _LARGE:
+        return "a lower lr is the usual cure, learn.find_lr().plot() shows which."
+    return (
+        "these are not large: look for an exponential, a division by zero, or a logarithm or root "
+        "of what is not positive."
+    )

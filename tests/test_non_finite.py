@@ -148,14 +148,15 @@ def test_the_loss_is_named(more):
 
     text = refused(learner(*(make() for make in WITH[more]), loss_func=loss))
     assert "epoch 0, batch 0 " in text
-    assert "the loss is not finite, for predictions up to" in text
+    assert "the loss is not finite, for predictions from -" in text and "an exponential" in text
 
 
 def test_the_module_is_named():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Sequential(nn.Tanh(), Logarithm()), nn.Linear(8, 3))
     text = refused(learner(model=model))
-    assert "'1.1' (Logarithm) gives what is not finite, for inputs up to" in text
+    assert "'1.1' (Logarithm) gives what is not finite, for inputs from -" in text
+    assert "a logarithm or root of what is not positive" in text and "lower lr" not in text
 
 
 def test_a_whole_model_that_gives_it():
