@@ -527,6 +527,16 @@ def test_the_device_is_announced_once(capsys):
     progress_module._announce.cache_clear()
 
 
+def test_processes_that_train_apart_are_told(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
+    progress_module._announce.cache_clear()
+    learner(callbacks=[Progress("lines")]).fit(0)
+    progress_module._announce.cache_clear()
+    assert "2 processes were started, each of which trains a model of its own" in (
+        capsys.readouterr().out
+    )
+
+
 # ── saving ──────────────────────────────────────────────────────────────────────────────────────
 
 

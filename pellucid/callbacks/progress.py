@@ -11,6 +11,9 @@ from html import escape
 from time import perf_counter
 from typing import Protocol
 
+import torch.distributed as dist
+
+from ..distributed import world_size
 from ..errors import UnknownName, did_you_mean
 from ..events import Callback
 from ..learner import Learner
@@ -140,6 +143,12 @@ def _place() -> str:
 def _announce(device: str, reason: str) -> None:
     """Say once where this process trains, and why there."""
     print(f"training on {device} ({reason})", flush=True)
+    if world_size() > 1 and not (dist.is_available() and dist.is_initialized()):
+        print(
+            f"{world_size()} processes were started, each of which trains a model of its own; "
+            'callbacks=[Distributed("ddp")] lets them train one',
+            flush=True,
+        )
 
 
 class _Lines:
