@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, validators
 
 from . import __version__
 from .errors import DataError, DataNotFound, PellucidError, SetupError, UnknownName, did_you_mean
@@ -55,7 +55,10 @@ FOLDER = Recipe("DataLoaders.from_folder", epochs=5, batch_size=128)
 _SHOWN, _SIDE = 32, 64
 
 Source = Annotated[str, Parameter(help=f"A folder of images, or one of {', '.join(RECIPES)}.")]
-Epochs = Annotated[int | None, Parameter(help="Passes over the training data.")]
+Epochs = Annotated[
+    int | None,
+    Parameter(help="Passes over the training data.", validator=validators.Number(gte=1)),
+]
 Rate = Annotated[float | None, Parameter(help="Highest learning rate of the one-cycle schedule.")]
 Out = Annotated[Path | None, Parameter(help="Folder for what is saved; runs/SOURCE if not given.")]
 Run = Annotated[Path, Parameter(help="Folder that `pellucid train` saved, such as runs/digits.")]
