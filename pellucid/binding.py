@@ -43,7 +43,22 @@ def with_defaults(callbacks: Iterable[Callback]) -> list[Callback]:
         callbacks.append(Progress())
     if not any(isinstance(callback, NonFinite) for callback in callbacks):
         callbacks.append(NonFinite())
+    _check_no_rivals(callbacks)
     return in_order(callbacks)
+
+
+def _check_no_rivals(callbacks: Iterable[Callback]) -> None:
+    """Refuse two of which one would have no effect."""
+    deciding: dict[str, Callback] = {}
+    for callback in callbacks:
+        if callback.decides is not None:
+            other = deciding.setdefault(callback.decides, callback)
+            if other is not callback:
+                raise CallbackError(
+                    f"Two callbacks decide {callback.decides}, and one would have no effect.",
+                    saw=f"{other!r} and {callback!r}",
+                    do="leave one out; those of the learner serve every fit.",
+                )
 
 
 class Around:

@@ -107,11 +107,13 @@ class Callback:
             `learn.validate()` keep those that change and leave out those that watch; in a look
             nothing outside its pass is heard, neither before_fit nor around_fit.
         shows_progress: True for one that shows the run itself; the default table is then left out.
+        decides: what only one callback of a fit can decide, in words; None: nothing of the kind.
     """
 
     order: int = 0
     changes: bool = False
     shows_progress: bool = False
+    decides: str | None = None
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)

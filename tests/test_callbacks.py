@@ -1,5 +1,6 @@
 """The callbacks that ship: schedules at work, stopping, keeping the best, looking, progress."""
 
+import copy
 import io
 import math
 import re
@@ -16,9 +17,21 @@ from torch import nn, tensor
 from torch.optim import SGD, AdamW
 
 from pellucid import Callback, CancelBatch, CancelEpoch, CancelFit, Learner
-from pellucid.callbacks import Best, Debug, EarlyStopping, OneCycle, Progress, Schedule
+from pellucid.callbacks import (
+    EMA,
+    SWA,
+    Accumulate,
+    Best,
+    Debug,
+    EarlyStopping,
+    NonFinite,
+    OneCycle,
+    Precision,
+    Progress,
+    Schedule,
+)
 from pellucid.callbacks import progress as progress_module
-from pellucid.errors import SetupError, UnknownName
+from pellucid.errors import CallbackError, SetupError, UnknownName
 from pellucid.events import CANCEL_MOMENTS, MOMENTS
 from pellucid.metrics import accuracy
 from pellucid.schedules import constant, linear
@@ -191,6 +204,33 @@ def test_a_schedule_over_data_without_a_length_is_an_error():
         learn.fit(1, callbacks=[OneCycle(0.1)])
     learn.fit(1)
     assert len(learn.record.epochs) == 1
+
+
+# ── rivals ──────────────────────────────────────────────────────────────────────────────────────
+
+
+RIVALS = {
+    "the schedule of lr": [OneCycle(0.1), Schedule("lr", constant(0.1))],
+    "which weights the fit ends with": [EMA(), SWA()],
+    "the precision": [Precision("bf16"), Precision("fp32")],
+    "how many batches a step takes": [Accumulate(2), Accumulate(3)],
+    "what becomes of NaN": [NonFinite("skip"), NonFinite("log")],
+}
+
+
+@pytest.mark.parametrize("what", RIVALS)
+def test_two_of_which_one_would_have_no_effect_are_refused(what):
+    one, other = RIVALS[what]
+    learn = small(callbacks=[one])
+    before = copy.deepcopy(learn.model.state_dict())
+    with pytest.raises(CallbackError, match=f"Two callbacks decide {what}") as caught:
+        learn.fit(1, callbacks=[other])
+    assert repr(one) in str(caught.value) and repr(other) in str(caught.value)
+    assert all(torch.equal(before[k], v) for k, v in learn.model.state_dict().items())
+    small(callbacks=[one]).fit(1)
+    small(opt_func=partial(SGD, momentum=0.9)).fit(
+        1, callbacks=[Schedule("lr", constant(0.1)), Schedule("momentum", constant(0.9))]
+    )
 
 
 # ── stopping, and keeping the best ──────────────────────────────────────────────────────────────

@@ -35,6 +35,7 @@ class Accumulate(Callback):
     """
 
     changes = True
+    decides = "how many batches a step takes"
     order = 10  # before whoever looks at the gradient of a step
 
     def __init__(self, n: int, weigh: Callable[[Learner], float | Tensor] | None = None):

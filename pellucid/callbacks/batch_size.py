@@ -32,6 +32,7 @@ class BatchSize(Callback):
     """
 
     changes = True
+    decides = "the batch size"
 
     def __init__(self, schedule: Schedule):
         if not callable(schedule):

@@ -49,6 +49,7 @@ class Compile(Callback):
     """
 
     changes = True
+    decides = "what is compiled"
     order = 90  # after those who call the model on their own before a batch, or after an error
 
     def __init__(

@@ -80,6 +80,7 @@ class Distributed(Callback):
     """
 
     changes = True
+    decides = "how processes train together"
     order = -1000  # around all others, and before them
 
     def __init__(

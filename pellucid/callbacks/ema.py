@@ -33,6 +33,7 @@ class EMA(Callback):
     """
 
     changes = True
+    decides = "which weights the fit ends with"
     order = 60  # when the steps of an epoch and what a skipped one leaves behind are settled
 
     def __init__(self, decay: float | Schedule = 0.999, every: int = 1):

@@ -29,6 +29,7 @@ class ImageSize(Callback):
 
     order = 5  # after those that mix the batch, at its full size
     changes = True
+    decides = "the image size"
 
     def __init__(self, schedule: Schedule, multiple: int = 4):
         if not callable(schedule) or multiple < 1:

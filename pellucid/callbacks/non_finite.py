@@ -56,6 +56,7 @@ class NonFinite(Callback):
     """
 
     changes = True
+    decides = "what becomes of NaN"
     order = 20  # when the gradient is whole, see Accumulate
 
     def __init__(self, action: str = "stop"):

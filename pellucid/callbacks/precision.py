@@ -48,6 +48,7 @@ class Precision(Callback):
     """
 
     changes = True
+    decides = "the precision"
     order = 15  # unscaled before anyone looks at the gradient of a step
 
     def __init__(self, dtype: str = "auto"):

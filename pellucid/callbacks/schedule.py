@@ -49,6 +49,7 @@ class Schedule(Callback):
                 do="schedules.constant(0.1) makes one of a number.",
             )
         self.name, self.schedule = name, schedule
+        self.decides = f"the schedule of {name}"
 
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:
@@ -114,6 +115,7 @@ class OneCycle(Callback):
     """
 
     changes = True
+    decides = "the schedule of lr"
 
     def __init__(
         self,

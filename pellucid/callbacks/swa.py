@@ -34,6 +34,7 @@ class SWA(Callback):
     """
 
     changes = True
+    decides = "which weights the fit ends with"
     order = 55  # when the steps of an epoch are settled
 
     def __init__(self, start: float = 0.75):

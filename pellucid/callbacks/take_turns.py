@@ -23,8 +23,9 @@ class TakeTurns(Callback):
         TakeTurns({"critic": 5, "generator": 1}, batch=gan_batch)
 
     Who waits is frozen: no gradient is computed for it, no step and no weight decay touch it, not a
-    bit changes. What is in no part is trained always. The turn follows from the number of steps
-    taken, so accumulated batches belong to one turn; validation is in the first part's.
+    bit changes. What is in no part is trained always; a part that is frozen anyway has no turn. The
+    turn follows from the number of steps taken, so accumulated batches belong to one turn;
+    validation is in the first part's.
 
     Args:
         turns: steps in a row, by the part's name in the model.
@@ -45,6 +46,7 @@ class TakeTurns(Callback):
     """
 
     changes = True
+    decides = "whose turn it is"
     order = -20  # before all who look at the batch
 
     def __init__(
@@ -126,17 +128,24 @@ class TakeTurns(Callback):
 
     def before_batch(self, learn: Learner) -> None:
         """Let the part whose turn it is train, and give it its batch."""
-        sequence = [part for part, n in self.turns.items() for _ in range(n)]
-        turn = sequence[learn.step % len(sequence) if learn.training else 0]
+        if learn.training and self.turn is None:
+            self._free = {id(param) for param in self._trained if param.requires_grad}
+        sequence = [
+            part for part, n in self.turns.items() if self._can_move(learn.model, part)
+            for _ in range(n)
+        ] or list(self.turns)  # fmt: skip
+        turn = sequence[learn.step % len(sequence)] if learn.training else next(iter(self.turns))
         if learn.training and turn != self.turn:
-            if self.turn is None:
-                self._free = {id(param) for param in self._trained if param.requires_grad}
             self.turn = turn
             for part in self.turns:
                 for param in _part(learn.model, part).parameters():
                     param.requires_grad_(part == turn and id(param) in self._free)
         if self.batch is not None:
             learn.x, learn.y = self.batch(learn.model, learn.x, turn)
+
+    def _can_move(self, model: nn.Module, part: str) -> bool:
+        """Say no where somebody else keeps all of a part frozen: then it gets no turn."""
+        return any(id(param) in self._free for param in _part(model, part).parameters())
 
 
 def _part(model: nn.Module, name: str) -> nn.Module:

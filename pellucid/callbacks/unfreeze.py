@@ -28,6 +28,7 @@ class Unfreeze(Callback):
     """
 
     changes = True
+    decides = "when layers are unfrozen"
 
     def __init__(self, every: int = 1):
         if not isinstance(every, int) or every < 1:
