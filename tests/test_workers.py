@@ -224,7 +224,8 @@ def test_what_a_batch_is_made_of_is_told_with_workers_too(photos):
     loader = Loader(photos, 8, shuffle=True, workers=2)
     for _, labels in loader:
         assert torch.equal(photos.labels[loader.drawn.items], labels)
-    assert loader.drawn.epoch == 0 and loader.drawn.seed == 0
+        assert loader.drawn.epoch == 0 and loader.drawn.seed == 0
+    assert loader.drawn is None
 
 
 def test_the_order_in_which_files_were_written_does_not_count(tmp_path):
