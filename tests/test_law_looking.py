@@ -259,7 +259,9 @@ LOOKS: dict[str, Callable[[Learner], Any]] = {
     "plan": lambda learn: learn.plan(3),
     "plan with one cycle": lambda learn: learn.plan(3, [OneCycle(0.1)]),
     "show_loop": lambda learn: learn.show_loop(),
-    "show_loop with one cycle": lambda learn: learn.show_loop([OneCycle(0.1)]),
+    "show_loop with another": lambda learn: learn.show_loop(
+        [Schedule("momentum", linear(0.9, 0.8))]
+    ),
     "record.plot": lambda learn: learn.record.plot(),
     "record.plot_loss": lambda learn: learn.record.plot_loss(),
     "record.plot_schedule": lambda learn: learn.record.plot_schedule(),
