@@ -127,7 +127,7 @@ def main(rounds: int) -> None:
         f"Batches of {BATCH_SIZE} images of 32×32, AdamW, {time} time; median and quartiles over "
         f"{rounds} fits of {N_BATCHES} batches in turns, ratios within each turn. The first batch "
         "of the first fit compiles from scratch, as far as those above it share nothing; that of "
-        "later ones finds torch's cache. On a CPU all data are on the device: that row is the noise."
+        "later ones finds torch's cache. On a CPU all data are on the device: that row is noise."
     ]
     with TemporaryDirectory() as folder:
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
