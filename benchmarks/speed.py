@@ -126,13 +126,14 @@ def main(rounds: int) -> None:
     parts = [
         f"Batches of {BATCH_SIZE} images of 32×32, AdamW, {time} time; median and quartiles over "
         f"{rounds} fits of {N_BATCHES} batches in turns, ratios within each turn. The first batch "
-        "of the first fit compiles from scratch, that of later ones finds torch's cache."
+        "of the first fit compiles from scratch, as far as those above it share nothing; that of "
+        "later ones finds torch's cache. On a CPU all data are on the device: that row is noise."
     ]
     with TemporaryDirectory() as folder:
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         for model in MODELS:
             parts += [f"## {model}", measured(model, rounds)]
-    report("speed", "What makes a step faster", "python benchmarks/speed.py", *parts)
+    report("speed", "What makes a step faster", f"python benchmarks/speed.py {rounds}", *parts)
 
 
 if __name__ == "__main__":
