@@ -130,8 +130,9 @@ class Record:
 
     Attributes:
         batches: a row for each training batch: "epoch" (counted over all fits), "batch",
-            "train/loss", "train/<metric>", "lr" (of several parameter groups "lr/0" and so on) and
-            every scheduled hyper-parameter.
+            "train/loss", "train/<metric>", "lr" (of several parameter groups "lr/0" and so on, or
+            by their roles "lr/conv"; the rate that a group steps with) and every scheduled
+            hyper-parameter.
         epochs: a row for each epoch: "train/...", "valid/...", the hyper-parameters at its end
             and "seconds".
         layers: what `callbacks.Telemetry` saw inside the model, else None.
