@@ -131,7 +131,7 @@ RECIPES = {
     "mnist-1": Recipe(mnist_recipe, 1),
     "mnist-4": Recipe(mnist_recipe, 4),
     "fashion-5": Recipe(fashion_recipe, 5, views=True),
-    "cifar10-11": Recipe(cifar10_recipe, 11, n_seeds=1, views=True),
+    "cifar10-15": Recipe(cifar10_recipe, 15, n_seeds=1, views=True),
 }
 
 
