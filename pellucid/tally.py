@@ -151,7 +151,7 @@ class Tally:
         self, record: Record, losses: list[float], row: dict[str, tuple[float, ...]]
     ) -> None:
         first = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
-        column = record.batches.column("train/loss")
+        column = record.batches["train/loss"]
         end = len(column) - len(losses) + first
         before = [f"{loss:.4g}" for loss in column[max(end - 3, 0) : end]]
         hypers = "".join(f", {name} {row[name][first]:.3g}" for name in self._names[1:])
