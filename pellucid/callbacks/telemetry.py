@@ -18,7 +18,8 @@ from ..errors import SetupError, UnknownName, did_you_mean
 from ..events import Callback, Cancel
 from ..hooks import find, leaves
 from ..layers import LayerRecord
-from ..meters import Meters, sample
+from ..meters import Meters
+from ..samples import sample
 from ..sharding import in_shards
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 _WINDOW = 16
 """Recorded batches between two copies to the host, and in which a dead unit has to be dead."""
+
+_AT_ONCE = 8
+"""The first batches, all of which are recorded: what goes wrong early goes wrong fast."""
 
 _LEAST, _SLOWEST = 3, 198
 """Batches from one recording to the next when the time budget chooses, at least and at most. Some
@@ -35,7 +39,7 @@ _ENOUGH = 3
 """Recorded batches after one that was not, from which on their cost is taken as known."""
 
 _N_WEIGHTS = 4096
-"""Entries of each parameter whose update is measured, about; see `meters.sample`."""
+"""Entries of each parameter whose update is measured, about; see `samples.sample`."""
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -67,7 +71,7 @@ class Telemetry(Callback):
         modules: what to watch: names as in `model.named_modules()`, or modules of the model; None
             for all without modules in them, but for those that pass on what comes in (Flatten,
             Dropout, ...).
-        every: record each so-manieth batch; "auto" records the first 16, and then as often as the
+        every: record each so-manieth batch; "auto" records the first 8, and then as often as the
             budget allows.
         budget: the share of the time of training that recording may take, for "auto".
 
@@ -209,7 +213,7 @@ class _Pace:
         if recorded and self._before:  # neighbours, as the machine may be busier at other times
             self._extra.append(seconds / self._before - 1)
         self._before = None if recorded else seconds
-        if self._chooses and recorded and self._n_recorded >= _WINDOW:
+        if self._chooses and recorded and self._n_recorded >= _AT_ONCE:
             self._choose()
 
     def _choose(self) -> None:
