@@ -338,7 +338,8 @@ class Learner:
                 training; or a loader, whose targets are ignored.
 
         Returns:
-            The model's outputs for all n items, joined along the first dimension.
+            The model's outputs for all n items, joined along the first dimension; half precision
+            as float32.
         """
         return predict(self, items)
 
@@ -389,7 +390,7 @@ class Learner:
         return weights.save(self.model, path)
 
     def load(self, path: str | Path) -> None:
-        """Read weights that `save` wrote, into a model of the same shape."""
+        """Read weights that `save` wrote into a model of the same shape; see `weights.load`."""
         weights.load(self.model, path, self.device)
 
     def __repr__(self) -> str:

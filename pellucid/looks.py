@@ -79,8 +79,15 @@ class _KeepPredictions(Callback):
         self.found: list[Any] = []
 
     def after_predict(self, learn: Learner) -> None:
-        self.found.append(tree.to_device(learn.preds, torch.device("cpu")))
+        preds = tree.map_leaves(_in_single, learn.preds)
+        self.found.append(tree.to_device(preds, torch.device("cpu")))
         raise CancelBatch  # no loss: there may be no targets
+
+
+def _in_single(leaf: Any) -> Any:
+    """Return what autocast has left in half precision, which NumPy may not know, as float32."""
+    halves = (torch.float16, torch.bfloat16)
+    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in halves else leaf
 
 
 @contextmanager
