@@ -1,6 +1,6 @@
 """Stop when a number no longer gets better."""
 
-from ..errors import SetupError
+from ..errors import SetupError, UnknownName, did_you_mean
 from ..events import Callback, CancelFit
 from ..learner import Learner
 
@@ -13,6 +13,10 @@ class EarlyStopping(Callback):
         patience: epochs without improvement that are allowed, 1 or more.
         min_delta: how much better counts as better, 0 or more.
         lower_is_better: None takes it from the name, see `record.Table.best_row`.
+
+    Raises:
+        SetupError: a setting is out of its range.
+        UnknownName: the fit will have no such number; at its beginning.
     """
 
     order = 50  # after those that watch the epoch's end
@@ -35,6 +39,7 @@ class EarlyStopping(Callback):
 
     def before_fit(self, learn: Learner) -> None:
         """Count from this fit's first epoch."""
+        check_monitored(learn, self.monitor)
         self._since = len(learn.record.epochs)
 
     def after_epoch(self, learn: Learner) -> None:
@@ -44,3 +49,13 @@ class EarlyStopping(Callback):
         last_good = self._since - 1 if best is None else best
         if len(epochs) - 1 - last_good >= self.patience:
             raise CancelFit
+
+
+def check_monitored(learn: Learner, name: str) -> None:
+    """Refuse a loss or metric that the epochs of a fit will not have; after the first is late."""
+    parts = ["train", *["valid"] * (learn.data.valid is not None)]
+    numbers = ["loss", *learn.metrics]
+    known = [f"{part}/{number}" for part in parts for number in numbers]
+    measured = name in numbers or name.startswith(("train/", "valid/"))
+    if measured and name not in [*known, "train/skipped"]:
+        raise UnknownName(f"No epoch of this fit will have {name!r}.", do=did_you_mean(name, known))
