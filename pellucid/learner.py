@@ -307,7 +307,7 @@ class Learner:
         if self.batch_index == self.n_batches:
             kind = "train" if self.training else "validate"
             check_length(self.batch_index + 1, self.n_batches, kind)
-        if self.training:
+        if self.training and self.n_batches:
             self.progress = self._progress(
                 self.batch_index - self.batch_index % self.batches_per_step
             )

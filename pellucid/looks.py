@@ -68,7 +68,9 @@ def predict(learn: Learner, items: Tensor | np.ndarray | Iterable[Any]) -> Any:
 
 def copies(learn: Learner, callbacks: Iterable[Callback]) -> list[Callback]:
     """Copy callbacks for a look that trains; what they hold of the learner stays the learner's."""
-    shared = (learn, *learn.model.modules(), learn.opt, learn.data, learn.record)
+    tensors = (*learn.model.parameters(), *learn.model.buffers())
+    loaders = (learn.data, learn.data.train, learn.data.valid)
+    shared = (learn, *learn.model.modules(), *tensors, *loaders, learn.opt, learn.record)
     return copy.deepcopy(list(callbacks), {id(thing): thing for thing in shared})
 
 

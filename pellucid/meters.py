@@ -27,6 +27,7 @@ from . import foundations
 from .histograms import ACTIVATIONS, GRADIENTS
 from .hooks import Hooks, tensors_in
 from .samples import Samples, sample
+from .tree import sent
 
 FIELDS = ("n", "sum", "squares", "low", "high", "sampled", "sampled_squares", "saturated")
 """The sums of one tensor: number of values, their sum and sum of squares, smallest and largest;
@@ -177,7 +178,7 @@ class Meters:
             meter.unit_low, meter.unit_high = units
             meter.grown = False
         numbers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        self._seen, self._sizes, self._owners = seen, sizes, numbers.to(self.device)
+        self._seen, self._sizes, self._owners = seen, sizes, sent(numbers, self.device)
 
 
 class _Meter:

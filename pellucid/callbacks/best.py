@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..events import Callback
 from ..learner import Learner
-from .early_stopping import check_monitored
+from ..tally import check_monitored
 
 
 class Best(Callback):
@@ -36,7 +36,7 @@ class Best(Callback):
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:
         """Forget the copy of an earlier fit, and end this one with its best state."""
-        check_monitored(learn, self.monitor)
+        check_monitored(self.monitor, learn.metrics, learn.data.valid is not None)
         self.row, self._state = None, {}
         self._since = len(learn.record.epochs)
         try:

@@ -1,8 +1,9 @@
 """Stop when a number no longer gets better."""
 
-from ..errors import SetupError, UnknownName, did_you_mean
+from ..errors import SetupError
 from ..events import Callback, CancelFit
 from ..learner import Learner
+from ..tally import check_monitored
 
 
 class EarlyStopping(Callback):
@@ -39,7 +40,7 @@ class EarlyStopping(Callback):
 
     def before_fit(self, learn: Learner) -> None:
         """Count from this fit's first epoch."""
-        check_monitored(learn, self.monitor)
+        check_monitored(self.monitor, learn.metrics, learn.data.valid is not None)
         self._since = len(learn.record.epochs)
 
     def after_epoch(self, learn: Learner) -> None:
@@ -49,13 +50,3 @@ class EarlyStopping(Callback):
         last_good = self._since - 1 if best is None else best
         if len(epochs) - 1 - last_good >= self.patience:
             raise CancelFit
-
-
-def check_monitored(learn: Learner, name: str) -> None:
-    """Refuse a loss or metric that the epochs of a fit will not have; after the first is late."""
-    parts = ["train", *["valid"] * (learn.data.valid is not None)]
-    numbers = ["loss", *learn.metrics]
-    known = [f"{part}/{number}" for part in parts for number in numbers]
-    measured = name in numbers or name.startswith(("train/", "valid/"))
-    if measured and name not in [*known, "train/skipped"]:
-        raise UnknownName(f"No epoch of this fit will have {name!r}.", do=did_you_mean(name, known))

@@ -21,6 +21,7 @@ from ..layers import LayerRecord
 from ..meters import Meters
 from ..samples import sample
 from ..sharding import in_shards
+from ..stats import norms
 
 if TYPE_CHECKING:
     from ..learner import Learner
@@ -40,8 +41,6 @@ _ENOUGH = 3
 
 _N_WEIGHTS = 4096
 """Entries of each parameter whose update is measured, about; see `samples.sample`."""
-
-_HALVES = (torch.float16, torch.bfloat16)
 
 _PASS_ON = (
     *(nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd),
@@ -258,16 +257,16 @@ class _Run:
         self._meters.recording = False  # the model may be called for a look now
         with torch.no_grad():
             self._weights = [sample(param, _N_WEIGHTS).clone() for param in self._params]
-            self._window.updates[:, 0] = _norms(self._params)
-            self._window.updates[:, 1] = _norms([_gradient(param) for param in self._params])
+            self._window.updates[:, 0] = norms(self._params)
+            self._window.updates[:, 1] = norms([_gradient(param) for param in self._params])
 
     def measure_updates(self) -> None:
         """Compare with the parameters as they are now."""
         with torch.no_grad():
             now = [sample(param, _N_WEIGHTS) for param in self._params]
             changes = torch._foreach_sub(now, self._weights)
-            size = _norms(self._weights)
-            self._window.updates[:, 2] = torch.where(size > 0, _norms(changes) / size, math.nan)
+            size = norms(self._weights)
+            self._window.updates[:, 2] = torch.where(size > 0, norms(changes) / size, math.nan)
 
     def drop(self) -> None:
         """Forget the batch that began, if one did."""
@@ -372,11 +371,3 @@ def _gradient(param: Tensor) -> Tensor:
     if gradient is None:
         return param.new_full((), math.nan)
     return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _norms(tensors: Iterable[Tensor]) -> Tensor:
-    tensors = list(tensors)
-    # half precision cannot hold the norm of many values; wider numbers refuse to be narrowed
-    narrow = all(tensor.dtype in (torch.float32, *_HALVES) for tensor in tensors)
-    norms = torch._foreach_norm(tensors, 2, torch.float32 if narrow else None)
-    return torch.stack([norm.float() for norm in norms])
