@@ -111,11 +111,11 @@ class Samples:
         full = partial(torch.full, dtype=torch.int64, device=self._rows.device)
         number = torch.cat([full((size,), i) for i, (_, size) in enumerate(samples)])
         row = torch.cat([full((size,), row) for row, size in samples])
-        n = self._rows.new_zeros(len(samples)).index_add_(0, number, torch.ones_like(row).float())
-        first = (n.cumsum(0) - n).long()
+        n = full((len(samples),), 0).index_add_(0, number, torch.ones_like(row))
+        first = n.cumsum(0) - n
         table = row // self._n_tensors * N_BEGINNINGS
         bins = row * self._n_columns + self._first_bin
-        return _Layout(number, table, bins, row[first], first, n)
+        return _Layout(number, table, bins, row[first], first, n.float())
 
     def _count(self, layout: _Layout, values: Tensor) -> None:
         firsts = values.index_select(0, layout.first)
