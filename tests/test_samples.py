@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pellucid.histograms import ACTIVATIONS, GRADIENTS
@@ -19,6 +19,8 @@ places = st.lists(st.integers(1, 40), min_size=0, max_size=3)
 
 
 @given(items, places)
+@example(20, [20, 21])
+@example(4, [2310])
 @settings(deadline=None, max_examples=150)
 def test_a_sample_is_all_or_a_stated_number(n, shape):
     x = torch.arange(n * math.prod(shape)).reshape(n, *shape)
@@ -27,7 +29,8 @@ def test_a_sample_is_all_or_a_stated_number(n, shape):
     if x.numel() <= 2 * N_SAMPLED:
         assert len(values) == x.numel()
     else:
-        assert len(values) >= N_SAMPLED / 5
+        # fewest where an item's size is divisible by all small primes
+        assert len(values) >= N_SAMPLED / 7
 
 
 @pytest.mark.parametrize(
