@@ -6,6 +6,7 @@ torch is imported inside the commands, so that `--help` and a slip of the pen an
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -216,7 +217,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except PellucidError as error:
-        print(error, file=sys.stderr)
+        print(re.sub(r'bad="([\w-]+)"', r"--bad \1", str(error)), file=sys.stderr)
         sys.exit(2 if isinstance(error, SetupError) else 1)
 
 

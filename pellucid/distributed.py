@@ -121,7 +121,7 @@ class SameRandom:
 def random_apart(device: torch.device, number: int = 0) -> Generator[SameRandom]:
     """Let torch's generators differ between the processes in a block, for dropout.
 
-    Afterwards they are alike again, and rank 0's.
+    Afterwards those of the CPU are alike again, and rank 0's; a GPU's is what it was.
 
     Args:
         device: of this process; its generator too is set apart.

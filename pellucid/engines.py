@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from .learner import Learner
 
 
-_BUFFERS_APART: dict[str, Any] = {
-    next(  # torch 2.13 has a new name for it
-        name
-        for name in ("forward_sync_buffers", "broadcast_buffers")
-        if name in inspect.signature(DistributedDataParallel).parameters
-    ): False
+_APART: dict[str, Any] = {
+    name: False
+    # of weights we take care, and a model may be wrapped in mid-fit; torch 2.13 has a new name for
+    # what forward passes send
+    for name in ("init_sync", "forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
 }
 
 
@@ -116,7 +116,7 @@ class Replicas(_Engine):
         trained = [param.requires_grad for param in model.parameters()]
         if self._ddp is None or self._ddp.module is not model or trained != self._trained:
             self._ddp, self._trained = None, trained  # the old one's hooks go first
-            self._ddp = DistributedDataParallel(model, **_BUFFERS_APART)
+            self._ddp = DistributedDataParallel(model, **_APART)
         return self._ddp
 
 

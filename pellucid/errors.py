@@ -56,13 +56,13 @@ class DataNotFound(DataError, FileNotFoundError):
 
 
 class NonFiniteLoss(PellucidError, ArithmeticError):
-    """The training loss became NaN or infinite.
+    """The training loss, or what a step made of the weights, became NaN or infinite.
 
     Attributes:
-        batch: in which batch of the pass, counted from 0.
+        batch: in which batch of the pass, counted from 0; None: not by its loss, in the last step.
     """
 
-    batch: float = 0
+    batch: float | None = 0
 
 
 def three_parts(what: str, saw: str = "", do: str = "") -> str:

@@ -307,7 +307,7 @@ class Learner:
         if self.batch_index == self.n_batches:
             kind = "train" if self.training else "validate"
             check_length(self.batch_index + 1, self.n_batches, kind)
-        if self.training:
+        if self.training and self.n_batches:
             self.progress = self._progress(
                 self.batch_index - self.batch_index % self.batches_per_step
             )
@@ -338,7 +338,8 @@ class Learner:
                 training; or a loader, whose targets are ignored.
 
         Returns:
-            The model's outputs for all n items, joined along the first dimension.
+            The model's outputs for all n items, joined along the first dimension; half precision
+            as float32.
         """
         return predict(self, items)
 
@@ -389,7 +390,7 @@ class Learner:
         return weights.save(self.model, path)
 
     def load(self, path: str | Path) -> None:
-        """Read weights that `save` wrote, into a model of the same shape."""
+        """Read weights that `save` wrote into a model of the same shape; see `weights.load`."""
         weights.load(self.model, path, self.device)
 
     def __repr__(self) -> str:

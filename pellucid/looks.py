@@ -68,7 +68,9 @@ def predict(learn: Learner, items: Tensor | np.ndarray | Iterable[Any]) -> Any:
 
 def copies(learn: Learner, callbacks: Iterable[Callback]) -> list[Callback]:
     """Copy callbacks for a look that trains; what they hold of the learner stays the learner's."""
-    shared = (learn, *learn.model.modules(), learn.opt, learn.data, learn.record)
+    tensors = (*learn.model.parameters(), *learn.model.buffers())
+    loaders = (learn.data, learn.data.train, learn.data.valid)
+    shared = (learn, *learn.model.modules(), *tensors, *loaders, learn.opt, learn.record)
     return copy.deepcopy(list(callbacks), {id(thing): thing for thing in shared})
 
 
@@ -79,8 +81,15 @@ class _KeepPredictions(Callback):
         self.found: list[Any] = []
 
     def after_predict(self, learn: Learner) -> None:
-        self.found.append(tree.to_device(learn.preds, torch.device("cpu")))
+        preds = tree.map_leaves(_in_single, learn.preds)
+        self.found.append(tree.to_device(preds, torch.device("cpu")))
         raise CancelBatch  # no loss: there may be no targets
+
+
+def _in_single(leaf: Any) -> Any:
+    """Return what autocast has left in half precision, which NumPy may not know, as float32."""
+    halves = (torch.float16, torch.bfloat16)
+    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in halves else leaf
 
 
 @contextmanager

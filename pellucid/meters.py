@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,24 +24,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import foundations
-from .histograms import ACTIVATIONS, GRADIENTS, Octaves
+from .histograms import ACTIVATIONS, GRADIENTS
 from .hooks import Hooks, tensors_in
-
-N_SAMPLED = 4096
-"""Values of a tensor that go into its histogram, about: a share is then known to 1 % or better."""
+from .samples import Samples, sample
+from .tree import sent
 
 FIELDS = ("n", "sum", "squares", "low", "high", "sampled", "sampled_squares", "saturated")
 """The sums of one tensor: number of values, their sum and sum of squares, smallest and largest;
 of the values in the histogram their number, the sum of squares about their mean (right where the
 mean is so large that the difference of the full sums loses its digits), and how many of them are
 saturated, NaN for a module that does not saturate."""
-
-_STEPS = (
-    *(2, 3, 5, 7, 11, 13, 17, 23, 29, 37, 47, 61, 79, 103, 137, 179, 233, 307, 401, 523, 683, 887),
-    *(1153, 1499, 1949, 2539, 3301, 4297, 5591, 7283, 9467, 12301, 16001, 20807, 27059, 35171),
-    *(45737, 59467, 77317, 100517, 130681, 169889, 220859, 287117, 373273),
-)
-"""Primes, each about 1.3 times the one before."""
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -84,14 +77,16 @@ class Meters:
                 self._start[0, i, FIELDS.index("saturated")] = 0.0
         self._start = self._start.to(device)
         self._rows = self._start.clone()
-        tables = ACTIVATIONS.table(device), GRADIENTS.table(device)
-        where = units_last(self._modules)
+        squares = FIELDS.index("sampled_squares")
+        self._samples = Samples(self._rows, squares, (ACTIVATIONS, GRADIENTS))
         self._meters = [
             (
-                _Meter(self._rows[0, i], ACTIVATIONS, tables[0], last, bounds(module)),
-                _Meter(self._rows[1, i], GRADIENTS, tables[1], last, None),
+                _Meter(self._rows[0, i], partial(self._samples.add, i), last, bounds(module)),
+                _Meter(self._rows[1, i], partial(self._samples.add, i + len(modules)), last, None),
             )
-            for i, (module, last) in enumerate(zip(self._modules, where, strict=True))
+            for i, (module, last) in enumerate(
+                zip(self._modules, units_last(self._modules), strict=True)
+            )
         ]
         self._sizes = [0] * 2 * len(self.names)
         self._no_units = torch.tensor([[math.inf], [-math.inf]], device=device)
@@ -127,6 +122,7 @@ class Meters:
     def clear(self) -> None:
         """Set the rows to what they are when nothing was measured, and forget what was not read."""
         self._lay_out()
+        self._samples.clear()
         self._rows.copy_(self._start)
         self._units.copy_(self._no_units)
 
@@ -151,9 +147,10 @@ class Meters:
     def _gather(self) -> None:
         """Work out what follows from the hooks' sums, with a few operations for all modules.
 
-        A hook takes 29 for each tensor, most of them on a few numbers: there each one counts.
+        A hook takes 19 for each tensor, most of them on a few numbers: there each one counts.
         """
         self._lay_out()
+        self._samples.count()
         (low, high), (seen_low, seen_high) = self._units, self._seen
         self._field("low").scatter_reduce_(0, self._owners, low, "amin")
         self._field("high").scatter_reduce_(0, self._owners, high, "amax")
@@ -181,7 +178,7 @@ class Meters:
             meter.unit_low, meter.unit_high = units
             meter.grown = False
         numbers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        self._seen, self._sizes, self._owners = seen, sizes, numbers.to(self.device)
+        self._seen, self._sizes, self._owners = seen, sizes, sent(numbers, self.device)
 
 
 class _Meter:
@@ -195,16 +192,14 @@ class _Meter:
     def __init__(
         self,
         row: Tensor,
-        bins: Octaves,
-        table: Tensor,
+        add_sample: Callable[[Tensor], None],
         last: bool,
         bounds: tuple[float, float] | None,
     ):
-        self.bins, self.table, self.last, self.bounds = bins, table, last, bounds
+        self.add_sample, self.last, self.bounds = add_sample, last, bounds
         field = {name: row[i] for i, name in enumerate(FIELDS)}
         self.n, self.sum, self.squares = field["n"], field["sum"], field["squares"]
-        self.sampled_squares, self.saturated = field["sampled_squares"], field["saturated"]
-        self.histogram = row[len(FIELDS) :]
+        self.saturated = field["saturated"]
         self.unit_low = self.unit_high = row.new_empty(0)
         self.grown = False
 
@@ -221,9 +216,7 @@ class _Meter:
         torch.minimum(unit_low, low, out=unit_low)
         torch.maximum(unit_high, high, out=unit_high)
         values = sample(x).float()  # half precision cannot hold what follows
-        centred = values - values.mean()
-        self.sampled_squares.add_(centred.dot(centred))
-        self.bins.add(self.histogram, values, self.table)
+        self.add_sample(values)
         if self.bounds is not None:
             below, above = self.bounds
             self.saturated.add_(((values <= below) | (values >= above)).sum())
@@ -314,21 +307,6 @@ def sum_of_squares(x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     norms = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)) or None, dtype=dtype).flatten()
     return norms.dot(norms).float()
-
-
-def sample(x: Tensor, n: int = N_SAMPLED) -> Tensor:
-    """Return at most `2 * n` values of `x`, evenly spread over all of it, flat.
-
-    Other places of each item are met, since the step shares no factor with the size of an item.
-    """
-    values = x.reshape(-1)
-    if len(values) <= 2 * n:
-        return values
-    size = x.numel() // len(x)
-    for step in _STEPS:  # rather than by gcd, which torch.compile does not follow
-        if step * n >= x.numel() - n and size % step:
-            break
-    return values[::step]
 
 
 def bounds(module: nn.Module) -> tuple[float, float] | None:

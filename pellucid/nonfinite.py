@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import tree
+from .sharding import own_part
 
 _MANY = 8
 """Items that are listed by number; of more the first."""
@@ -17,6 +18,13 @@ _MANY = 8
 
 _LARGE = 50.0
 """From here on numbers may well have grown: exp(89) is infinite in single precision."""
+
+
+LOOK = (
+    "a lower lr or callbacks.Clip is the usual cure for gradients that overflow; look for a square "
+    "root, a logarithm or a division at zero after that layer."
+)
+"""What to do about gradients that are not finite."""
 
 
 class Culprit(NamedTuple):
@@ -51,19 +59,19 @@ def culprit(
     """
     if model is None:
         return _in_tensors(x, y, items)
-    found = _in_parameters(model) or _in_tensors(x, y, items)
+    found = in_parameters(model) or _in_tensors(x, y, items)
     return found or _on_the_way(model, forward, loss)
 
 
-def _in_parameters(model: nn.Module) -> Culprit | None:
+def in_parameters(model: nn.Module) -> Culprit | None:
+    """Find the first parameter that is not finite; of a model in shards among the own ones."""
     for name, param in model.named_parameters():
-        n_bad = _n_bad(param)
+        n_bad = _n_bad(own_part(param.detach()))
         if n_bad:
             what = f"in the parameter {name!r} {n_bad} of {param.numel()} values are not finite"
             return Culprit(
                 f"{what}, by themselves or by their gradient in the step before",
-                "a lower lr or callbacks.Clip is the usual cure for gradients that overflow; look "
-                "for a square root, a logarithm or a division at zero after that layer.",
+                LOOK,
             )
     return None
 

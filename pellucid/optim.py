@@ -75,7 +75,9 @@ def fastest(
     chosen = opt_func.keywords if isinstance(opt_func, partial) else {}
     sparse = any(getattr(module, "sparse", False) for module in model.modules())
     fixed = sparse or {"fused", "foreach", "differentiable"} & set(chosen)
-    for form in [] if fixed else ["fused", "foreach"]:
+    # for complex numbers torch 2.13 refuses its fused form in the first step only
+    forms = ["foreach"] if any(p.is_complex() for p in model.parameters()) else ["fused", "foreach"]
+    for form in [] if fixed else forms:
         if form in arguments(opt_func):
             try:
                 optimizer = opt_func(_copied(params), lr=lr, **{form: True})
@@ -110,6 +112,10 @@ def gradients(optimizer: Optimizer) -> list[Tensor]:
     return [param.grad for param in params_of(optimizer) if param.grad is not None]
 
 
+_GUARD = "found_inf"
+"""Where torch's GradScaler puts the number that its optimisers ask before they step."""
+
+
 def guards(optimizer: Optimizer) -> bool:
     """Say whether an optimiser's step can be switched off by a number on the device."""
     if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -134,16 +140,28 @@ def begin_momentum(optimizer: Optimizer) -> None:
 
 @contextmanager
 def guard(optimizer: Optimizer, bad: Tensor | None) -> Generator[None]:
-    """Let an optimiser take no step while a 0-d float32 tensor is 1, if it `guards` at all."""
-    if bad is None or not guards(optimizer):
-        yield
-        return
-    begin_momentum(optimizer)
-    vars(optimizer)["found_inf"] = bad  # where torch's GradScaler puts it
+    """Let an optimiser take no step while a 0-d float32 tensor is 1, if it `guards` at all.
+
+    In the block that number alone counts, after it the one before: fits may lie within fits.
+    """
+    state = vars(optimizer)
+    before = state.pop(_GUARD, None)
+    if bad is not None and guards(optimizer):
+        begin_momentum(optimizer)
+        state[_GUARD] = bad
     try:
         yield
     finally:
-        vars(optimizer).pop("found_inf", None)
+        state.pop(_GUARD, None)
+        if before is not None:
+            state[_GUARD] = before
+
+
+def guard_also(optimizer: Optimizer, bad: Tensor, first: Tensor | None) -> Tensor:
+    """Within `guard`, let a second number count too; return the first, to be given in next time."""
+    first = vars(optimizer).get(_GUARD, torch.zeros_like(bad)) if first is None else first
+    vars(optimizer)[_GUARD] = torch.maximum(first, bad)
+    return first
 
 
 def takes_one_gradient(optimizer: Optimizer, what: str) -> None:

@@ -28,15 +28,12 @@ _FORMAT = "pellucid record 1"
 class Table:
     """Columns of numbers of one length; where a column has no value, it is NaN.
 
-    A column takes four bytes a value as long as single precision holds all of them exactly, as it
-    does counters and the losses of a float32 model, else eight.
-
     `table[name]` is a copy of a column, a float64 array (rows,); `table[-100:]` a table of the last
     hundred rows; `len(table)` the number of rows; iterating gives the names.
     """
 
     def __init__(self):
-        self._columns: dict[str, array] = {}
+        self._columns: dict[str, _Column] = {}
         self._n_rows = 0
 
     def append(self, row: Mapping[str, float]) -> None:
@@ -49,17 +46,15 @@ class Table:
             raise DataError("The columns of new rows differ in length.", saw=f"{n} rows")
         for name in rows:
             if name not in self._columns:
-                self._columns[name] = array("f", [math.nan]) * self._n_rows
+                self._columns[name] = _Column()
+                self._columns[name].extend([math.nan] * self._n_rows)
         for name, column in self._columns.items():
-            new = _narrowest(rows[name] if name in rows else [math.nan] * n)
-            if new.typecode == "d" and column.typecode == "f":
-                self._columns[name] = column = array("d", column)
-            column.extend(new if new.typecode == column.typecode else array("d", new))
+            column.extend(rows[name] if name in rows else [math.nan] * n)
         self._n_rows += n
 
     def last(self, name: str) -> float:
         """Return the newest value of a column."""
-        return self.column(name)[-1]
+        return self._column(name)[-1]
 
     def best_row(
         self, name: str, since: int = 0, min_delta: float = 0.0, lower: bool | None = None
@@ -80,13 +75,12 @@ class Table:
             lower = bool(re.search("loss|error|mae|mse|perplexity", name))
         sign = 1 if lower else -1
         best, where = math.inf, None
-        for row, value in enumerate(self.column(name)[since:], since):
+        for row, value in enumerate(self[name][since:].tolist(), since):
             if sign * value < best - min_delta * (where is not None):
                 best, where = sign * value, row
         return where
 
-    def column(self, name: str) -> array:
-        """Return a column itself, to read; raises UnknownName if there is none of that name."""
+    def _column(self, name: str) -> _Column:
         if name not in self._columns:
             raise _unknown(name, list(self))
         return self._columns[name]
@@ -99,12 +93,12 @@ class Table:
     def __getitem__(self, key: int) -> dict[str, float]: ...
     def __getitem__(self, key: str | slice | int) -> np.ndarray | Table | dict[str, float]:
         if isinstance(key, str):
-            return np.array(self.column(key), dtype=np.float64)
+            return self._column(key).values()
         if isinstance(key, int):
             return {name: column[key] for name, column in self._columns.items()}
         part = Table()
         part.extend(
-            {name: column[key] for name, column in self._columns.items()},
+            {name: self[name][key].tolist() for name in self},
             len(range(*key.indices(len(self)))),
         )
         return part
@@ -160,7 +154,7 @@ class Record:
         path = Path(path)
         tables = {"batches": self.batches, "epochs": self.epochs}
         plain = {
-            name: {column: list(table.column(column)) for column in table}
+            name: {column: table[column].tolist() for column in table}
             for name, table in tables.items()
         }
         inside = {"layers": self.layers.plain()} if self.layers else {}
@@ -217,13 +211,48 @@ class Record:
         return f"Record({epochs} epochs, {batches} batches{''.join(f', {end}' for end in ends)})"
 
 
-def _narrowest(values: Sequence[float]) -> array:
-    """Return values as an array of single precision if that changes none of them, else double."""
-    exact = np.asarray(values, dtype=np.float64)
-    with np.errstate(over="ignore"):
-        single = exact.astype(np.float32)
-    same = np.array_equal(single, exact, equal_nan=True)
-    return array("f", single.tobytes()) if same else array("d", exact.tobytes())
+_BLOCK = 1024
+"""Values of a column that are kept together."""
+
+
+class _Column:
+    """Numbers in blocks that never move, each in as little memory as holds its values exactly.
+
+    An array that grew would move again and again, and leave holes in the memory of a long run.
+    """
+
+    def __init__(self):
+        self._blocks: list[np.ndarray] = []
+        self._newest = array("d")
+
+    def extend(self, values: Sequence[float]) -> None:
+        self._newest.extend(values)
+        while len(self._newest) >= _BLOCK:
+            self._blocks.append(_narrowest(np.array(self._newest[:_BLOCK])))
+            del self._newest[:_BLOCK]
+
+    def values(self) -> np.ndarray:
+        """Return all as one array, float64 (values,)."""
+        return np.concatenate([*self._blocks, np.array(self._newest)], dtype=np.float64)
+
+    def __getitem__(self, row: int) -> float:
+        row = range(len(self))[row]  # raises IndexError
+        block, i = divmod(row, _BLOCK)
+        return float(self._blocks[block][i] if block < len(self._blocks) else self._newest[i])
+
+    def __len__(self) -> int:
+        return len(self._blocks) * _BLOCK + len(self._newest)
+
+
+def _narrowest(values: np.ndarray) -> np.ndarray:
+    """Return values, float64 (n,), unchanged, in as little memory as holds them exactly."""
+    once = np.broadcast_to(values[:1].copy(), values.shape)
+    with np.errstate(over="ignore", invalid="ignore"):
+        narrower = (values.astype(dtype) for dtype in (np.uint8, np.uint16, np.float32))
+        for fewer in (once, *narrower):
+            if np.array_equal(fewer, values, equal_nan=True):
+                return fewer
+    return values
 
 
 def _unknown(name: str, columns: list[str]) -> UnknownName:

@@ -17,6 +17,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from .distributed import world_size
 from .joint import Joint
+from .stats import norms
 
 
 def sharded(model: nn.Module, device: torch.device) -> Any:
@@ -161,7 +162,7 @@ def zero_if_finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """
     found, own = torch.zeros((), device=device), [own_part(tensor) for tensor in tensors]
     if own:
-        found = torch.stack(torch._foreach_norm(own)).float().sum() * 0
+        found = norms(t.coalesce().values() if t.is_sparse else t for t in own).sum() * 0
     if any(part is not tensor for part, tensor in zip(own, tensors, strict=True)):
         dist.all_reduce(found)
     return found

@@ -4,8 +4,12 @@ All use the population form (divide by n), the one that normalisation layers use
 same form stands in all of its parts is a correlation of a thing with itself 1.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def variance(t: Tensor) -> Tensor:
@@ -41,6 +45,15 @@ def covariance(a: Tensor, b: Tensor) -> Tensor:
 def correlation(a: Tensor, b: Tensor) -> Tensor:
     """Return Pearson's correlation, cov(a, b) / (σ(a) σ(b)), in [-1, 1]."""
     return covariance(a, b) / (standard_deviation(a) * standard_deviation(b))
+
+
+def norms(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the Euclidean norm of each tensor of floats, float32 (tensors,); one or more."""
+    tensors = list(tensors)
+    # half precision cannot hold the norm of many values; wider numbers refuse to be narrowed
+    narrow = all(tensor.dtype in (torch.float32, *_HALVES) for tensor in tensors)
+    found = torch._foreach_norm(tensors, 2, torch.float32 if narrow else None)
+    return torch.stack([norm.float() for norm in found])
 
 
 def _result_dtype(t: Tensor) -> torch.dtype:

@@ -2,14 +2,14 @@
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import NonFiniteLoss
+from .errors import NonFiniteLoss, UnknownName, did_you_mean
 from .metrics import MetricObject
 from .record import Record
 from .tree import map_leaves
@@ -151,7 +151,7 @@ class Tally:
         self, record: Record, losses: list[float], row: dict[str, tuple[float, ...]]
     ) -> None:
         first = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
-        column = record.batches.column("train/loss")
+        column = record.batches["train/loss"]
         end = len(column) - len(losses) + first
         before = [f"{loss:.4g}" for loss in column[max(end - 3, 0) : end]]
         hypers = "".join(f", {name} {row[name][first]:.3g}" for name in self._names[1:])
@@ -167,3 +167,22 @@ class Tally:
 
 def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def check_monitored(name: str, metrics: Iterable[str], validates: bool) -> None:
+    """Refuse a loss or metric that the epochs of a fit will not have; after the first is late.
+
+    Args:
+        name: of a column of `record.epochs`.
+        metrics: by name.
+        validates: whether there are validation data.
+
+    Raises:
+        UnknownName: it is no loss, no metric, and not of what both are measured on.
+    """
+    numbers = ["loss", *metrics]
+    parts = ["train", "valid"] if validates else ["train"]
+    known = [f"{part}/{number}" for part in parts for number in numbers]
+    measured = name in numbers or name.startswith(("train/", "valid/"))
+    if measured and name not in [*known, "train/skipped"]:
+        raise UnknownName(f"No epoch of this fit will have {name!r}.", do=did_you_mean(name, known))

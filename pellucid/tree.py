@@ -32,14 +32,21 @@ def leaves(tree: Any) -> list[Any]:
     return [tree]
 
 
-def to_device(tree: Any, device: torch.device) -> Any:
-    """Move every tensor to `device`; what is there already is returned as it is, not copied.
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; the host waits for nothing but what it is to read itself.
 
-    The host waits for what it is to read itself, and for nothing else.
+    CUDA takes a copy of ordinary memory before it goes on. Others may read what is long overwritten
+    (torch issue 139550, of MPS), so for them the host waits.
     """
+    if tensor.device == device:
+        return tensor
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def to_device(tree: Any, device: torch.device) -> Any:
+    """Move every tensor to `device`; what is there already is returned as it is, not copied."""
     if isinstance(tree, Tensor):
-        there = tree.device == device
-        return tree if there else tree.to(device, non_blocking=device.type != "cpu")
+        return sent(tree, device)
     return map_leaves(
         lambda leaf: to_device(leaf, device) if isinstance(leaf, Tensor) else leaf, tree
     )

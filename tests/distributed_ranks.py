@@ -725,6 +725,11 @@ class Gan(GAN):
         return like[:, :3].flip(1)
 
 
+def normed():
+    torch.manual_seed(RANK)
+    return nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
 @check
 def turns():
     found = {}
@@ -743,6 +748,11 @@ def turns():
         for one in both:
             one.fit(3)
         found[name] = apart(*both)
+    ours, lone = twins("ddp", arrays(48), TakeTurns({"1": 1, "3": 1}), model=normed)
+    for one in (ours, lone):
+        one.fit(1)
+    means = [one.model[0].running_mean for one in (ours, lone)]  # of halves of even batches
+    found["statistics"] = (means[0] - means[1]).abs().max().item()
     ours, _ = twins("fsdp", data, turns, model=Gan, loss_func=wasserstein, metrics=())
     try:
         ours.fit(1)

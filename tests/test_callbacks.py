@@ -287,11 +287,19 @@ def test_a_second_fit_counts_anew():
     assert len(learn.record.epochs) == 6
 
 
-def test_stopping_on_an_unknown_column_names_the_nearest():
+@pytest.mark.parametrize("kind", [EarlyStopping, Best])
+def test_a_number_that_the_fit_will_not_have_is_refused_before_it_begins(kind):
     learn = small(metrics=[accuracy])
-    with pytest.raises(UnknownName, match="did you mean 'valid/accuracy'"):
-        learn.fit(1, callbacks=[EarlyStopping("valid/acuracy")])
-    learn.fit(1, callbacks=[EarlyStopping("valid/accuracy")])
+    for slip, meant in [("valid/acuracy", "did you mean 'valid/accuracy'"), ("loss", "valid/loss")]:
+        with pytest.raises(UnknownName, match=meant):
+            learn.fit(1, callbacks=[kind(slip)])
+    learn.data.valid, valid = None, learn.data.valid
+    with pytest.raises(UnknownName, match="train/accuracy"):
+        learn.fit(1, callbacks=[kind("valid/accuracy")])
+    assert learn.step == 0
+    learn.data.valid = valid
+    for name in ("valid/accuracy", "valid/loss", "train/loss", "lr", "seconds"):
+        learn.fit(1, callbacks=[kind(name)])
 
 
 @pytest.mark.parametrize("settings", [{"patience": 0}, {"patience": -1}, {"min_delta": -0.1}])

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pellucid import cli
 from pellucid.errors import DataNotFound
@@ -62,6 +63,20 @@ def test_show_says_what_the_data_hold_and_saves_a_picture(tmp_path, monkeypatch,
     assert exit_code(monkeypatch, "show", "digits", "--out", str(tmp_path)) == 0
     assert "digits: 1,438 images to train on, 359 to validate" in capsys.readouterr().out
     assert (tmp_path / "batch.png").exists()
+
+
+def test_of_a_broken_file_it_says_what_to_write_on_the_command_line(tmp_path, monkeypatch, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            image = Image.effect_noise((8, 8), 60 + i).convert("RGB")
+            image.save(tmp_path / "images" / name / f"{i}.png")
+    (tmp_path / "images" / "cat" / "0.png").write_bytes(b"no image")
+    words = ("train", str(tmp_path / "images"), "--epochs", "1", "--out", str(tmp_path / "run"))
+    assert exit_code(monkeypatch, *words) == 1
+    said = capsys.readouterr().err
+    assert "--bad skip leaves them out" in said and 'bad="' not in said
+    assert exit_code(monkeypatch, *words, "--bad", "skip") == 0
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,10 @@ def test_halves_take_turns_as_in_one_process(name, two):
     assert_as_one([of_rank["turns"][name] for of_rank in two[0]])
 
 
+def test_where_replicas_are_made_anew_in_each_turn_each_keeps_its_statistics(two):
+    assert all(of_rank["turns"]["statistics"] <= 1e-6 for of_rank in two[0])
+
+
 def test_telemetry_has_rows_of_each_part_and_refuses_shards(two):
     one, other = (of_rank["telemetry"] for of_rank in two[0])
     assert one["updates"] == other["updates"]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pellucid.histograms import ACTIVATIONS, GRADIENTS, Octaves
+from pellucid.histograms import ACTIVATIONS, GRADIENTS, Octaves, upper_half
 
 BINS = [ACTIVATIONS, GRADIENTS, Octaves(-3, 2, 8), Octaves(0, 1, 1), Octaves(-126, 127, 4)]
 each = pytest.mark.parametrize("bins", BINS, ids=lambda bins: repr(bins)[7:])
@@ -83,17 +83,13 @@ def test_beyond_single_precision_doubles_are_infinite_or_zero():
     assert ACTIVATIONS.index(x).tolist() == [ACTIVATIONS.n_bins - 1, 0, ACTIVATIONS.zero]
 
 
-@given(st.lists(floats | by_bits, max_size=60), st.integers(1, 4))
+@given(st.lists(floats | by_bits, max_size=60))
 @settings(deadline=None, max_examples=60)
-def test_nothing_is_dropped(values, n_times):
+def test_every_value_has_a_bin(values):
     x = torch.tensor(np.array(values, np.float32))
     for bins in BINS:
-        counts = torch.zeros(bins.n_bins)
-        for _ in range(n_times):
-            bins.add(counts, x, bins.table(x.device))
-        assert counts.sum() == n_times * len(values)
-        expected = np.bincount(by_arithmetic(bins, x.numpy()), minlength=bins.n_bins)
-        np.testing.assert_array_equal(counts.numpy(), n_times * expected)
+        np.testing.assert_array_equal(bins.index(x), by_arithmetic(bins, x.numpy()))
+        np.testing.assert_array_equal(bins.table(x.device)[upper_half(x)], bins.index(x))
 
 
 @given(st.lists(st.integers(1, 4), max_size=4), st.booleans())
@@ -102,16 +98,6 @@ def test_any_shape_and_layout(shape, transposed):
     x = torch.randn(shape)
     x = x.permute(tuple(reversed(range(x.ndim)))) if transposed else x
     assert ACTIVATIONS.index(x).shape == x.shape and ACTIVATIONS.index(x).dtype == torch.int64
-    counts = torch.zeros(ACTIVATIONS.n_bins)
-    ACTIVATIONS.add(counts, x, ACTIVATIONS.table(x.device))
-    assert counts.sum() == x.numel()
-
-
-def test_bins_count_into_a_part_of_a_larger_tensor():
-    rows = torch.zeros(3, 2, ACTIVATIONS.n_bins)
-    table = ACTIVATIONS.table(rows.device)
-    ACTIVATIONS.add(rows[1, 0], torch.tensor([0.5, -0.5, 0.0]), table)
-    assert rows.sum() == rows[1, 0].sum() == 3
 
 
 def test_the_two_kinds_share_one_layout():

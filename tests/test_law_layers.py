@@ -16,8 +16,8 @@ import pellucid
 PACKAGE = Path(pellucid.__file__).parent
 
 LAYERS = {
-    "ground": "errors tree device randomness stats plots histograms layers layers_plot record "
-    "snapshot weights outline flops checkpoint",
+    "ground": "errors tree device randomness stats plots histograms samples layers "
+    "layers_plot record snapshot weights outline flops checkpoint",
     "parts": "foundations nn stochastic_depth init losses metrics schedules optim hooks meters "
     "places summary "
     "joint roles muon freezing averaging "

@@ -17,7 +17,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pellucid import Callback, DataLoaders, Learner, tally
-from pellucid.callbacks import Best, EarlyStopping, OneCycle, Progress, non_finite
+from pellucid.callbacks import (
+    EMA,
+    Accumulate,
+    Best,
+    Clip,
+    EarlyStopping,
+    Lookahead,
+    MixUp,
+    NonFinite,
+    OneCycle,
+    Precision,
+    Progress,
+    Telemetry,
+    non_finite,
+)
 from pellucid.metrics import MacroF1, accuracy
 
 N_TRAIN, N_VALID = 6, 3
@@ -204,3 +218,45 @@ def test_a_slow_loop_reads_every_batch(clock, quiet):
     ticks = Ticks(clock, 1.0)
     readings(learner(callbacks=[ticks]).fit, 1)
     assert ticks.n_readings == [1, 2, 3, 4, 5, 6, 1, 2, 3]
+
+
+class Strict(Callback):
+    """Let CUDA refuse to wait, from the third batch on: before, what is laid out once."""
+
+    order = -2000  # around all others
+    changes = True
+
+    def around_batch(self, learn):
+        strict = learn.training and learn.batch_index > 1
+        torch.cuda.set_sync_debug_mode("error" if strict else "default")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def on_gpu(*callbacks: Callback) -> Learner:
+    data = DataLoaders.from_arrays((torch.randn(400, 6), torch.randint(3, (400,))), batch_size=10)
+    everything = [Strict(), *callbacks, Progress("off")]
+    return Learner(network(), data.to("cuda"), metrics=[accuracy], callbacks=everything)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "names",
+    ["", "Telemetry", "EMA", "Lookahead", "MixUp", "Clip", "Accumulate", "NonFinite",
+     "Precision bf16", "Precision fp16", "Telemetry EMA MixUp Clip Accumulate NonFinite fp16"],
+)  # fmt: skip
+def test_on_a_gpu_no_batch_waits(names, never_time_to_read):
+    of_names = {
+        "Telemetry": Telemetry(every=1), "EMA": EMA(0.9), "Lookahead": Lookahead(2),
+        "MixUp": MixUp(0.4), "Clip": Clip(norm=1.0), "Accumulate": Accumulate(2),
+        "NonFinite": NonFinite("skip"), "bf16": Precision("bf16"), "fp16": Precision("fp16"),
+    }  # fmt: skip
+    on_gpu(*(of_names[name] for name in names.split() if name in of_names)).fit(1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_batch_that_waits_is_refused():
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        on_gpu(Asks()).fit(1)

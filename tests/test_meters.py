@@ -19,14 +19,13 @@ from pellucid.hooks import leaves
 from pellucid.layers import LayerRecord
 from pellucid.meters import (
     FIELDS,
-    N_SAMPLED,
     Meters,
     bounds,
-    sample,
     sum_of_squares,
     unit_extremes,
     units_last,
 )
+from pellucid.samples import N_SAMPLED
 
 CPU = torch.device("cpu")
 
@@ -453,52 +452,6 @@ def test_measuring_does_not_bend_a_gradient():
     twin(x).square().sum().backward()
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad)
-
-
-# ── the sample ────────────────────────────────────────────────────────────────────────────────
-
-items = st.integers(1, 400)
-places = st.lists(st.integers(1, 40), min_size=0, max_size=3)
-
-
-@given(items, places)
-@settings(deadline=None, max_examples=150)
-def test_a_sample_is_all_or_a_stated_number(n, shape):
-    x = torch.arange(n * math.prod(shape)).reshape(n, *shape)
-    values = sample(x)
-    assert len(values.unique()) == len(values) <= 2 * N_SAMPLED
-    if x.numel() <= 2 * N_SAMPLED:
-        assert len(values) == x.numel()
-    else:
-        assert len(values) >= N_SAMPLED / 5
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [(512, 50), (64, 784), (512, 8, 14, 14), (64, 512, 4, 4), (64, 64, 32, 32), (50, 210, 4),
-     (40, 30, 28, 28), (2, 64, 112, 112), (16, 100, 768), (60_000, 3), (40_000,)],
-)  # fmt: skip
-def test_a_sample_is_of_all_items_and_all_places(shape):
-    place, item = torch.meshgrid(
-        torch.arange(math.prod(shape[1:])), torch.arange(shape[0]), indexing="xy"
-    )
-    of_places, of_items = (sample(t.reshape(shape)) for t in (place, item))
-    assert N_SAMPLED / 3 <= len(of_places) <= 2 * N_SAMPLED
-    n_places = place.shape[1]
-    assert len(of_places.unique()) == min(n_places, len(of_places))
-    assert len(of_items.unique()) >= min(shape[0], len(of_places)) * 0.99
-    # evenly: no half of the places or the items is preferred
-    for found, all_of_them in ((of_places, place), (of_items, item)):
-        middle = all_of_them.float().mean()
-        expected = (all_of_them >= middle).float().mean().item()
-        assert (found >= middle).float().mean() == pytest.approx(expected, abs=0.05)
-
-
-def test_a_share_is_known_to_1_percent_even_if_items_differ():
-    """Each image dark or light as a whole: a sample of one image would tell 0 or 1."""
-    x = torch.rand(64, 1, 1, 1).expand(64, 32, 32, 32) + 0.01 * torch.randn(64, 32, 32, 32)
-    share = (x < 0.3).float().mean().item()
-    assert (sample(x) < 0.3).float().mean().item() == pytest.approx(share, abs=0.01)
 
 
 # ── saturation ────────────────────────────────────────────────────────────────────────────────

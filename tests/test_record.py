@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -223,22 +224,44 @@ def test_tables_and_records_say_what_they_hold():
     assert repr(filled_record()) == "Record(1 epochs, 2 batches, train/loss 2, valid/loss nan)"
 
 
-WHOLE = st.floats(allow_nan=True, allow_infinity=True) | st.integers(-(2**24), 2**24).map(float)
+FINE = st.sampled_from([0.1, 1e300, float("nan"), float("inf"), -1.0])
+PIECES = st.lists(
+    st.tuples(st.sampled_from(["same", "counted", "single", "fine"]), st.integers(0, 1500), FINE),
+    max_size=4,
+)
 
 
-@given(st.lists(st.lists(WHOLE | st.just(0.1), min_size=1, max_size=5), max_size=6))
-def test_a_column_keeps_every_value_exactly_however_narrow_it_is(pieces):
-    table = Table()
-    for piece in pieces:
-        table.extend({"x": piece}, len(piece))
+@settings(max_examples=50, deadline=None)
+@given(PIECES)
+def test_a_column_keeps_every_value_exactly_however_little_memory_it_takes(pieces):
+    table, expected = Table(), []
+    for kind, n, fine in pieces:
+        values = {
+            "same": [fine] * n,
+            "counted": [float(i) for i in range(n)],
+            "single": np.linspace(-1, 1, n, dtype=np.float32).tolist(),
+            "fine": [0.5, fine] * (n // 2) + [fine] * (n % 2),
+        }[kind]
+        table.extend({"x": values}, n)
+        expected += values
     if pieces:
-        expected = np.array([value for piece in pieces for value in piece])
         assert table["x"].dtype == np.float64
-        np.testing.assert_array_equal(table["x"], expected)
+        np.testing.assert_array_equal(table["x"], np.array(expected, dtype=np.float64))
+        np.testing.assert_array_equal(table[-1100:]["x"], table["x"][-1100:])
+    if expected:
+        assert table.last("x") == expected[-1] or np.isnan(expected[-1])
+        assert str(table[0]["x"]) == str(float(expected[0]))
 
 
-def test_a_column_of_counters_takes_four_bytes_a_value_and_one_of_tenths_eight():
+def test_a_long_run_takes_few_bytes_a_batch():
+    # nothing for the epoch and a constant rate, two bytes for the batch, four for a loss
     table = Table()
-    table.extend({"batch": [0, 1, 2], "lr": [0.1, 0.1, 0.1], "late": [1, 2, 3]}, 3)
-    table.extend({"batch": [3], "lr": [0.5], "late": [0.1]}, 1)
-    assert [table.column(name).itemsize for name in ("batch", "lr", "late")] == [4, 8, 8]
+    losses = np.random.default_rng(0).random(1000, dtype=np.float32).tolist()
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for epoch in range(100):
+        columns = {"epoch": [epoch] * 1000, "batch": range(1000), "lr": [0.1] * 1000}
+        table.extend({**columns, "train/loss": losses}, 1000)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 100_000 * 8

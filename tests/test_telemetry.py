@@ -480,11 +480,11 @@ def chosen_batches(monkeypatch: Any, plain: float, extra: float, n: int, **setti
     [(1.0, 0.5, 11), (1.0, 0.01, 3), (1.0, -0.1, 3), (1.0, 3.0, 61), (1.0, 100.0, 199),
      (1e-4, 1e-4, 21), (1.0, 0.101, 3), (1.0, 9.76, 197)],
 )  # fmt: skip
-def test_auto_records_the_first_16_and_then_within_its_budget(monkeypatch, plain, extra, gap):
+def test_auto_records_the_first_8_and_then_within_its_budget(monkeypatch, plain, extra, gap):
     found = chosen_batches(monkeypatch, plain, extra, 4000)
-    assert found[:16].tolist() == list(range(16))
-    assert found[16:19].tolist() == [18, 21, 24]  # to learn what a plain batch costs
-    gaps = np.diff(found[18:])
+    assert found[:8].tolist() == list(range(8))
+    assert found[8:11].tolist() == [10, 13, 16]  # to learn what a plain batch costs
+    gaps = np.diff(found[10:])
     assert set(gaps[1:]) == {gap}
     assert extra * len(gaps) / (plain * gaps.sum()) <= 0.0501 or gap == 199
 
@@ -492,7 +492,7 @@ def test_auto_records_the_first_16_and_then_within_its_budget(monkeypatch, plain
 @pytest.mark.parametrize("period", [2, 4, 8])
 def test_auto_meets_the_steps_of_accumulated_batches(monkeypatch, period):
     found = chosen_batches(monkeypatch, 1.0, 0.5, 999)
-    assert set(found[19:] % period) == set(range(period))
+    assert set(found[11:] % period) == set(range(period))
 
 
 def test_auto_is_not_misled_by_a_machine_that_is_busier_at_times(monkeypatch):
@@ -505,7 +505,7 @@ def test_auto_is_not_misled_by_a_machine_that_is_busier_at_times(monkeypatch):
         clock.now += (1.0 + 0.5 * recording) * (3 if 100 <= batch < 200 else 1)
         pace.end(recording)
         found += [batch] * recording
-    assert set(np.diff(found[18:])[1:]) == {11}
+    assert set(np.diff(found[10:])[1:]) == {11}
 
 
 def test_another_budget_is_kept_too(monkeypatch):
@@ -534,7 +534,7 @@ def test_the_fit_asks_the_clock(monkeypatch):
     # moments after Telemetry's own: a batch takes one second, two if recorded
     learn = learner(Telemetry(), Ticks(), train=batches(6, n=100))
     learn.fit(1)
-    assert recorded(learn) == [*range(16), 18, 21, 24, 45, 66, 87]
+    assert recorded(learn) == [*range(8), 10, 13, 16, 37, 58, 79]
 
 
 def test_validation_is_not_recorded():

@@ -76,7 +76,7 @@ class Accumulate(Callback):
     def after_cancel_batch(self, learn: Learner) -> None:
         """Begin anew if the gradients were dropped with the batch."""
         self._added = 0
-        if not gradients(learn.opt):
+        if learn.training and not gradients(learn.opt):
             self._held = 0
 
     def after_train(self, learn: Learner) -> None:
@@ -91,5 +91,5 @@ class Accumulate(Callback):
         learn.zero_grad()
 
     def after_cancel_epoch(self, learn: Learner) -> None:
-        """Forget the batch that was left."""
-        self._added = 0
+        """Forget the batch that was left, and with it the window if its gradients are gone."""
+        self.after_cancel_batch(learn)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..events import Callback
 from ..learner import Learner
+from ..tally import check_monitored
 
 
 class Best(Callback):
@@ -17,6 +18,9 @@ class Best(Callback):
     Args:
         monitor: a column of `record.epochs`.
         lower_is_better: None takes it from the name, see `record.Table.best_row`.
+
+    Raises:
+        UnknownName: the fit will have no such number; at its beginning.
 
     Attributes:
         row: the row of `record.epochs` that the copy was made at; None before the first.
@@ -32,6 +36,7 @@ class Best(Callback):
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:
         """Forget the copy of an earlier fit, and end this one with its best state."""
+        check_monitored(self.monitor, learn.metrics, learn.data.valid is not None)
         self.row, self._state = None, {}
         self._since = len(learn.record.epochs)
         try:

@@ -3,12 +3,13 @@
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+import torch
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from ..errors import SetupError
 from ..events import Callback
 from ..learner import Learner
-from ..optim import params_of, takes_one_gradient
+from ..optim import gradients, params_of, takes_one_gradient
 
 
 class Clip(Callback):
@@ -45,6 +46,9 @@ class Clip(Callback):
     def after_backward(self, learn: Learner) -> None:
         """Clip."""
         if self.norm is not None:
-            clip_grad_norm_(params_of(learn.opt), self.norm)
+            norm = get_total_norm(gradients(learn.opt))
+            # by a norm that is no number all would be spoilt, and nobody could tell what was first
+            norm = torch.where(norm.isfinite(), norm, torch.zeros_like(norm))
+            clip_grads_with_norm_(params_of(learn.opt), self.norm, norm)
         elif self.value is not None:
             clip_grad_value_(params_of(learn.opt), self.value)

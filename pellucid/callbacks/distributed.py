@@ -253,6 +253,14 @@ def _explained(timeout: float) -> Generator[None]:
                     "not lost: Distributed(timeout=...).",
                 )
             )
+        if "find_unused_parameters" in str(error):
+            error.add_note(
+                three_parts(
+                    "A parameter that is trained had no part in the loss of a batch.",
+                    do="freeze it before the fit, param.requires_grad_(False), or let it take part "
+                    "in every batch, with a weight of 0 if need be.",
+                )
+            )
         raise
 
 

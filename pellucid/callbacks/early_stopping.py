@@ -3,6 +3,7 @@
 from ..errors import SetupError
 from ..events import Callback, CancelFit
 from ..learner import Learner
+from ..tally import check_monitored
 
 
 class EarlyStopping(Callback):
@@ -13,6 +14,10 @@ class EarlyStopping(Callback):
         patience: epochs without improvement that are allowed, 1 or more.
         min_delta: how much better counts as better, 0 or more.
         lower_is_better: None takes it from the name, see `record.Table.best_row`.
+
+    Raises:
+        SetupError: a setting is out of its range.
+        UnknownName: the fit will have no such number; at its beginning.
     """
 
     order = 50  # after those that watch the epoch's end
@@ -35,6 +40,7 @@ class EarlyStopping(Callback):
 
     def before_fit(self, learn: Learner) -> None:
         """Count from this fit's first epoch."""
+        check_monitored(self.monitor, learn.metrics, learn.data.valid is not None)
         self._since = len(learn.record.epochs)
 
     def after_epoch(self, learn: Learner) -> None:

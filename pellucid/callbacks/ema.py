@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 
+import torch
 from torch.optim import Optimizer
 
 from ..averaging import Averages, warm_decay
@@ -104,4 +105,5 @@ class EMA(Callback):
     def _bring(self, learn: Learner, inside: bool) -> None:
         if self._averages and inside != self._inside:
             self._averages.exchange(learn.model)
+            torch.clear_autocast_cache()  # it keeps weights in half precision for a whole block
             self._inside = inside

@@ -65,7 +65,8 @@ class Lookahead(Callback):
         try:
             yield
         except CancelFit:
-            if self._slow:
+            others = [callback for callback, _ in learn.spans["around_epoch"]]
+            if self._slow and not any(map(_puts_averages_in, others)):
                 self._slow.put_into(learn.model)
             raise
 
@@ -82,3 +83,7 @@ class Lookahead(Callback):
         self.after_batch(learn)
         if self._slow and learn.epoch + 1 == learn.n_epochs:
             self._slow.put_into(learn.model)
+
+
+def _puts_averages_in(callback: Callback) -> bool:
+    return callback.decides == "which weights the fit ends with"

@@ -24,7 +24,7 @@ class LSUV(Callback):
         SetupError: in the fit: the model is in shards, and new.
     """
 
-    order = 95  # after those that change the batch, before those that watch the model at work
+    order = 85  # after those that change the batch, before those that compile or watch the model
     changes = True
 
     def __init__(self, tol: float = 1e-3, max_passes: int = 20):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,16 +15,17 @@ from ..data import Loader
 from ..errors import NonFiniteLoss, SetupError
 from ..events import Callback, CancelStep
 from ..learner import Learner
-from ..nonfinite import Culprit, culprit
-from ..optim import gradients, guard, guards
+from ..looks import copies
+from ..nonfinite import LOOK, Culprit, culprit, in_parameters
+from ..optim import gradients, guard, guards, params_of
 from ..sharding import zero_if_finite
 from ..snapshot import preserved_buffers, preserved_random_state
 
 _UNHEARD = {
     "stop": ("before_batch", "after_batch"),
-    "skip": (),
+    "skip": ("after_train",),
     "log": (
-        *("before_batch", "after_loss", "after_backward", "after_batch"),
+        *("before_batch", "after_loss", "after_backward", "after_batch", "after_train"),
         *("after_cancel_batch", "after_cancel_epoch"),
     ),
 }
@@ -37,12 +38,15 @@ class NonFinite(Callback):
     finite: an item, a parameter, a module or the loss. The loss is read a tenth of a second later
     at most; in the meantime no step is taken: the weights stay those of the step before. (On a GPU
     the device itself decides that, nothing is read back. There it needs torch's fused optimisers:
-    SGD, Adam, AdamW, Adagrad, which a `Learner` takes where it can. Others step with NaN.)
+    SGD, Adam, AdamW, Adagrad, which a `Learner` takes where it can. Others step with NaN.) A
+    gradient that is not finite while the loss is shows in the next loss; after the last step of an
+    epoch the weights are looked at.
 
     "skip" takes no step if the loss or a gradient is not finite, and keeps batch norm's statistics
     as they were. The loss goes on record as it was; the epoch's averages are those of the other
-    batches, and "train/skipped" says how many were left out. With an optimiser that is not fused
-    one number is read back in every step.
+    batches, and "train/skipped" says how many were left out. On a GPU, with an optimiser that is
+    not fused, one number is read back in every step; with a fused one the device decides alone, and
+    `learn.step` counts skipped steps too.
 
     "log" does nothing: the loss goes on record as it is.
 
@@ -70,6 +74,7 @@ class NonFinite(Callback):
         self._sum = self._sum_before = self._bad = self._n_skipped = torch.zeros(())
         self._looked_at = -1  # the batch that may still be cancelled
         self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._loss: Tensor | None = None
         self._loader_epoch = 0
 
     @contextmanager
@@ -77,14 +82,18 @@ class NonFinite(Callback):
         """Let the optimiser ask before it steps, for the time of the fit."""
         numbers = torch.zeros(3, dtype=torch.float32, device=learn.device)  # as the optimisers ask
         self._sum, self._sum_before, self._bad = numbers.unbind()
-        on_host = self.action == "stop" and _is_host(learn.device)
-        self._look = self._look_on_host if on_host else self._look_on_device
-        self._stops, self._spoilt = on_host or guards(learn.opt), False
+        on_host = _is_host(learn.device)
+        self._look = self._look_on_device
+        if on_host and self.action == "stop":
+            self._look = self._look_on_host
+        self._stops, self._reads = on_host or guards(learn.opt), on_host or not guards(learn.opt)
+        self._spoilt = False
         try:
-            with guard(learn.opt, None if on_host or self.action == "log" else self._bad):
+            with guard(learn.opt, None if self._reads or self.action == "log" else self._bad):
                 yield
         except NonFiniteLoss as error:
-            self._explain(learn, error)
+            if error.batch is not None:
+                self._explain(learn, error)
             raise
 
     def before_train(self, learn: Learner) -> None:
@@ -99,12 +108,14 @@ class NonFinite(Callback):
         if learn.training:
             buffers = [b for b in learn.model.buffers() if b is not None]
             self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
+            self._loss = None
 
     def after_loss(self, learn: Learner) -> None:
         """Look at the loss, where it is."""
         if learn.training and isinstance(learn.loss, Tensor) and not learn.loss.ndim:
             self._looked_at = learn.batch_index
-            self._look(learn.loss.detach())  # backward refuses another
+            self._loss = learn.loss.detach()
+            self._look(self._loss)  # backward refuses another
 
     def after_backward(self, learn: Learner) -> None:
         """Take no step; look at the gradients too, if the fit is to go on."""
@@ -117,7 +128,7 @@ class NonFinite(Callback):
         self._sum.zero_()
         self._looked_at = -1
         self._n_skipped.add_(self._bad)
-        if not guards(learn.opt) and self._bad.item():
+        if self._reads and _read(self._bad):
             learn.zero_grad()
             raise CancelStep
 
@@ -131,14 +142,33 @@ class NonFinite(Callback):
     def after_cancel_epoch(self, learn: Learner) -> None:
         """Forget the batch in which the pass was left; if it was over, it is on record."""
         self.after_cancel_batch(learn)
+        self._put_back()
 
     def after_batch(self, learn: Learner) -> None:
         """Put back what the forward pass changed, if its loss was not finite."""
-        if learn.loss is not None:
-            finite = learn.loss.detach().isfinite()
+        self._put_back()
+
+    def _put_back(self) -> None:
+        if self._loss is not None:
+            finite = self._loss.isfinite()
             for buffer, before in self._buffers:
                 buffer.copy_(torch.where(finite, buffer, before))
-        self._buffers = []
+        self._buffers, self._loss = [], None
+
+    def after_train(self, learn: Learner) -> None:
+        """Look at the weights: what the last step has spoilt shows in no loss of this pass."""
+        weights = [param.detach() for param in params_of(learn.opt)]
+        if math.isnan(_read(zero_if_finite(weights, learn.device))):
+            found = in_parameters(learn.model)
+            error = NonFiniteLoss(
+                f"The weights became NaN or infinite in the last step of epoch {learn.epoch} "
+                "(counted from 0), by a gradient that was not finite.",
+                saw=found.what if found else "in another process",
+                do=f"{found.do if found else LOOK} The weights are spoilt: begin again with a new "
+                "model or saved weights.",
+            )
+            error.batch = None
+            raise error
 
     def _look_on_host(self, loss: Tensor) -> None:
         loss = loss.float() if loss.dtype == torch.bfloat16 else loss  # numpy has no such numbers
@@ -146,9 +176,8 @@ class NonFinite(Callback):
         self._spoilt = self._spoilt or not math.isfinite(loss.numpy())  # nothing is copied
 
     def _look_on_device(self, loss: Tensor) -> None:
-        torch.add(
-            self._sum, loss, alpha=0, out=self._sum_before
-        )  # NaN from one on that is not finite
+        # from one that is not finite on it is NaN
+        torch.add(self._sum, loss, alpha=0, out=self._sum_before)
         self._sum, self._sum_before = self._sum_before, self._sum
         torch.ne(self._sum, 0, out=self._bad)
 
@@ -156,7 +185,7 @@ class NonFinite(Callback):
         """Go through the batch again and add to the error what was bad first."""
         what, saw, do = error.args
         try:
-            found = self._culprit(learn, int(error.batch))
+            found = self._culprit(learn, int(error.batch or 0))
             if found:
                 saw, do = f"{saw}; {found.what}", found.do
         except Exception as failure:  # this is help, and must not hide the error
@@ -178,9 +207,22 @@ class NonFinite(Callback):
             stack.enter_context(preserved_buffers(learn.model))
             stack.enter_context(preserved_random_state())
             stack.enter_context(learn.around("around_forward"))
+            stack.callback(setattr, learn, "loss_func", learn.loss_func)
             learn.x, learn.y = learn.data.prepare(x, True), y
             model = learn.model if self._stops else None  # else long since spoilt itself
-            return culprit(model, learn.x, y, learn.forward, _loss_of(learn), items)
+            return culprit(model, learn.x, y, self._forward_of(learn), _loss_of(learn), items)
+
+    def _forward_of(self, learn: Learner) -> Callable[[], Any]:
+        """Return a forward pass of the batch as those make it who act before, a GAN's turn too."""
+        hearers = [callback for callback, _ in learn.handlers["before_batch"]]
+        makers = [c for c in hearers if c.changes and c.order < self.order]
+
+        def forward() -> Any:
+            for maker in copies(learn, makers):
+                maker.before_batch(learn)  # ty: ignore[missing-attribute]
+            return learn.forward()
+
+        return forward
 
     def _batch(self, learn: Learner, number: int) -> tuple[Any, list[int] | None]:
         """Return a batch of the pass again and its items' numbers; None if nobody can tell."""
@@ -189,6 +231,11 @@ class NonFinite(Callback):
             batch = next(loader.batches(self._loader_epoch, number))
             return batch, loader.drawn.items.tolist() if loader.drawn else None
         return (loader[number], None) if isinstance(loader, Sequence) else (None, None)
+
+
+def _read(number: Tensor) -> float:
+    """Return a 0-d number; of the host it is there."""
+    return float(number.numpy()) if number.device.type == "cpu" else number.item()
 
 
 def _is_host(device: torch.device) -> bool:

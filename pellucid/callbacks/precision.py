@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ..device import choose_precision
-from ..errors import SetupError
+from ..errors import NonFiniteLoss, SetupError
 from ..events import Callback, CancelStep
 from ..learner import Learner
-from ..optim import begin_momentum, gradients, guards, takes_one_gradient
+from ..optim import gradients, guard, guard_also, guards, takes_one_gradient
 from ..sharding import in_shards, zero_if_finite
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+_SMALLEST_FACTOR = 2.0**-10
+"""Gradients that overflow even so much smaller would overflow in single precision too, nearly."""
 
 
 class Precision(Callback):
@@ -73,16 +77,17 @@ class Precision(Callback):
         if self._chosen == "fp16":
             self._scaler = GradScaler(learn.device.type)
             self.gradient_factor = self._scaler.scale(torch.ones((), device=learn.device))
-            if guards(learn.opt):
-                begin_momentum(learn.opt)
         laid_out = self._chosen != "fp32" and isinstance(learn.model, nn.Module)
         laid_out = laid_out and not in_shards(learn.model)  # which are gathered in their own layout
         try:
-            with _channels_last(learn.model, learn.opt) if laid_out else nullcontext():
+            with ExitStack() as stack:
+                if laid_out:
+                    stack.enter_context(_channels_last(learn.model, learn.opt))
+                if self._scaler:
+                    stack.enter_context(guard(learn.opt, torch.zeros((), device=learn.device)))
                 yield
         finally:
             learn.device_reason = known
-            vars(learn.opt).pop("found_inf", None)
 
     def around_forward(self, learn: Learner) -> AbstractContextManager[None]:
         """Let torch compute in the precision."""
@@ -105,20 +110,37 @@ class Precision(Callback):
         self.gradient_factor = self._scaler.scale(torch.ones((), device=learn.device))
         overflowed = torch.ne(zero_if_finite(gradients(learn.opt), learn.device), 0).float()
         if guards(learn.opt):
-            state = vars(learn.opt)
-            if self._guard is None:  # what NonFinite may have put there
-                self._guard = state.get("found_inf", torch.zeros_like(overflowed))
-            state["found_inf"] = torch.maximum(self._guard, overflowed)
+            self._guard = guard_also(learn.opt, overflowed, self._guard)
         elif overflowed.item():
             learn.zero_grad()
             raise CancelStep
+
+    def after_train(self, learn: Learner) -> None:
+        """Tell if the gradients overflow however small they are made: nothing is trained any more.
+
+        Raises:
+            NonFiniteLoss: that is so, and the fit is to stop for what is not finite.
+        """
+        stops = self._scaler is not None and learn.tally.non_finite == "stop"
+        if stops and self._scaler and self._scaler.get_scale() < _SMALLEST_FACTOR:
+            error = NonFiniteLoss(
+                "Gradients are not finite in batch after batch, so in half precision no step is "
+                "taken any more.",
+                saw=f"gradients made {1 / _SMALLEST_FACTOR:.0f} times smaller, and not finite yet",
+                do='Precision("fp32") stops at the first; look for a square root, a logarithm or a '
+                "division at zero.",
+            )
+            error.batch = None
+            raise error
 
 
 @contextmanager
 def _channels_last(model: nn.Module, opt: Optimizer) -> Generator[None]:
     """Lay the weights of 2-d convolutions out channels-last in a block, and then as they were."""
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
-    strides = {conv.weight: conv.weight.stride() for conv in convs}
+    # a parametrised weight is computed anew each time, a lazy one is not there yet
+    own = [dict(conv.named_parameters(recurse=False)).get("weight") for conv in convs]
+    strides = {w: w.stride() for w in own if w is not None and not is_lazy(w)}
     try:
         for weight in strides:
             last = torch.empty_like(weight, memory_format=torch.channels_last)

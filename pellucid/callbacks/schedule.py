@@ -35,7 +35,8 @@ class Schedule(Callback):
     batches nor of epochs can bend it. When the fit ends, the value from before comes back.
 
     Args:
-        name: "lr", "momentum" (for Adam the first beta), "weight_decay" or any other.
+        name: "lr", "momentum" (for Adam the first beta), "weight_decay" or any other. Parameters
+            that `roles.ByRole` trains without decay stay without.
         schedule: a function from [0, 1] to a value, or one for each parameter group.
     """
 
@@ -56,12 +57,13 @@ class Schedule(Callback):
         """Check that the schedule can run, and put the hyper-parameter back at the end."""
         groups = learn.opt.param_groups
         self._by_group(len(groups))
+        self._spared = self._without_decay(groups)
         before = [hyper(group, self.name) for group in groups]
         learn.recorded = list(dict.fromkeys([*learn.recorded, self.name]))
         try:
             yield
         finally:
-            for group, value in zip(groups, before, strict=True):
+            for group, value in zip(groups, before, strict=False):  # a group may have come since
                 set_hyper(group, self.name, value)
 
     def before_batch(self, learn: Learner) -> None:
@@ -76,16 +78,25 @@ class Schedule(Callback):
             )
         groups = learn.opt.param_groups
         for group, schedule in zip(groups, self._by_group(len(groups)), strict=True):
-            set_hyper(group, self.name, schedule(learn.progress))
+            if id(group) not in self._spared:
+                set_hyper(group, self.name, schedule(learn.progress))
 
     def curves(self, opt: Optimizer, epochs: int) -> dict[str, schedules.Schedule]:
         """Return what will be set, by the name it has on record."""
         groups = opt.param_groups
         own = [
             partial(_times, factor(group, self.name), schedule)
+            if id(group) not in self._without_decay(groups)
+            else schedules.constant(0)
             for group, schedule in zip(groups, self._by_group(len(groups)), strict=True)
         ]
         return dict(zip(hyper_names(opt, [self.name]), own, strict=True))
+
+    def _without_decay(self, groups: Sequence[dict[str, Any]]) -> set[int]:
+        """Return the ids of groups that one schedule of weight decay for all leaves alone."""
+        if self.name != "weight_decay" or isinstance(self.schedule, Sequence):
+            return set()
+        return {id(g) for g in groups if "role" in g and not g["weight_decay"]}
 
     def _by_group(self, n_groups: int) -> Sequence[schedules.Schedule]:
         if not isinstance(self.schedule, Sequence):

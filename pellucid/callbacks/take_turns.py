@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -73,13 +73,15 @@ class TakeTurns(Callback):
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:
         """Make the optimisers, and put back who is trainable at the end."""
-        own, self.turn = learn.opt, None
+        own = learn.opt
+        self.before_epoch(learn)  # in a fit within a fit a part waits already
         self._trained = self._checked(learn)
         self._free = set(map(id, self._trained))
         try:
             if self.opt_funcs:
                 learn.opt = self._joint(learn, self.opt_funcs)
-            yield
+            with _turn_kept(learn.model):
+                yield
         finally:
             self.before_epoch(learn)
             learn.opt, self._trained = own, []
@@ -143,9 +145,24 @@ class TakeTurns(Callback):
         if self.batch is not None:
             learn.x, learn.y = self.batch(learn.model, learn.x, turn)
 
+    def around_batch(self, learn: Learner) -> AbstractContextManager[None]:
+        """Let a look in the midst of a turn, `learn.validate()`, leave the model in that turn."""
+        return nullcontext() if learn.training else _turn_kept(learn.model)
+
     def _can_move(self, model: nn.Module, part: str) -> bool:
         """Say no where somebody else keeps all of a part frozen: then it gets no turn."""
         return any(id(param) in self._free for param in _part(model, part).parameters())
+
+
+@contextmanager
+def _turn_kept(model: nn.Module) -> Generator[None]:
+    """Put back whose turn it is in a `GAN`, or in any model that has such an attribute."""
+    turn = vars(model).get("turn")
+    try:
+        yield
+    finally:
+        if turn is not None:
+            vars(model)["turn"] = turn
 
 
 def _part(model: nn.Module, name: str) -> nn.Module:

@@ -18,14 +18,19 @@ from ..errors import SetupError, UnknownName, did_you_mean
 from ..events import Callback, Cancel
 from ..hooks import find, leaves
 from ..layers import LayerRecord
-from ..meters import Meters, sample
+from ..meters import Meters
+from ..samples import sample
 from ..sharding import in_shards
+from ..stats import norms
 
 if TYPE_CHECKING:
     from ..learner import Learner
 
 _WINDOW = 16
 """Recorded batches between two copies to the host, and in which a dead unit has to be dead."""
+
+_AT_ONCE = 8
+"""The first batches, all of which are recorded: what goes wrong early goes wrong fast."""
 
 _LEAST, _SLOWEST = 3, 198
 """Batches from one recording to the next when the time budget chooses, at least and at most. Some
@@ -35,9 +40,7 @@ _ENOUGH = 3
 """Recorded batches after one that was not, from which on their cost is taken as known."""
 
 _N_WEIGHTS = 4096
-"""Entries of each parameter whose update is measured, about; see `meters.sample`."""
-
-_HALVES = (torch.float16, torch.bfloat16)
+"""Entries of each parameter whose update is measured, about; see `samples.sample`."""
 
 _PASS_ON = (
     *(nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd),
@@ -67,7 +70,7 @@ class Telemetry(Callback):
         modules: what to watch: names as in `model.named_modules()`, or modules of the model; None
             for all without modules in them, but for those that pass on what comes in (Flatten,
             Dropout, ...).
-        every: record each so-manieth batch; "auto" records the first 16, and then as often as the
+        every: record each so-manieth batch; "auto" records the first 8, and then as often as the
             budget allows.
         budget: the share of the time of training that recording may take, for "auto".
 
@@ -209,7 +212,7 @@ class _Pace:
         if recorded and self._before:  # neighbours, as the machine may be busier at other times
             self._extra.append(seconds / self._before - 1)
         self._before = None if recorded else seconds
-        if self._chooses and recorded and self._n_recorded >= _WINDOW:
+        if self._chooses and recorded and self._n_recorded >= _AT_ONCE:
             self._choose()
 
     def _choose(self) -> None:
@@ -254,16 +257,16 @@ class _Run:
         self._meters.recording = False  # the model may be called for a look now
         with torch.no_grad():
             self._weights = [sample(param, _N_WEIGHTS).clone() for param in self._params]
-            self._window.updates[:, 0] = _norms(self._params)
-            self._window.updates[:, 1] = _norms([_gradient(param) for param in self._params])
+            self._window.updates[:, 0] = norms(self._params)
+            self._window.updates[:, 1] = norms([_gradient(param) for param in self._params])
 
     def measure_updates(self) -> None:
         """Compare with the parameters as they are now."""
         with torch.no_grad():
             now = [sample(param, _N_WEIGHTS) for param in self._params]
             changes = torch._foreach_sub(now, self._weights)
-            size = _norms(self._weights)
-            self._window.updates[:, 2] = torch.where(size > 0, _norms(changes) / size, math.nan)
+            size = norms(self._weights)
+            self._window.updates[:, 2] = torch.where(size > 0, norms(changes) / size, math.nan)
 
     def drop(self) -> None:
         """Forget the batch that began, if one did."""
@@ -368,11 +371,3 @@ def _gradient(param: Tensor) -> Tensor:
     if gradient is None:
         return param.new_full((), math.nan)
     return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _norms(tensors: Iterable[Tensor]) -> Tensor:
-    tensors = list(tensors)
-    # half precision cannot hold the norm of many values; wider numbers refuse to be narrowed
-    narrow = all(tensor.dtype in (torch.float32, *_HALVES) for tensor in tensors)
-    norms = torch._foreach_norm(tensors, 2, torch.float32 if narrow else None)
-    return torch.stack([norm.float() for norm in norms])

@@ -71,9 +71,6 @@ def trace(learn: Learner, n: int) -> Trace:
     """
     acts = Trace()
     with learn.untouched():
-        for part, assigned in _PARTS.items():
-            act = getattr(learn, part)
-            setattr(learn, part, _noted(acts, learn, part, "loop", act, assigned))
         learn.fit(math.ceil(n / (length(learn.data.train) or 1)), callbacks=[_Tracer(acts, n)])
     return acts
 
@@ -86,6 +83,9 @@ class _Tracer(Callback):
         self._acts, self._left = acts, n
 
     def before_fit(self, learn: Learner) -> None:
+        for part, assigned in _PARTS.items():  # now, when those are in place that replace a part
+            act = getattr(learn, part)
+            setattr(learn, part, _noted(self._acts, learn, part, "loop", act, assigned))
         for moment, handlers in learn.handlers.items():
             learn.handlers[moment] = [
                 (callback, self._watched(learn, moment, callback, handler))

@@ -17,7 +17,7 @@ from ..errors import DataError, SetupError
 from ..losses import mean_squared_error
 from ..randomness import uniforms
 from ..snapshot import preserved_random_state
-from ..tree import describe, split
+from ..tree import describe, sent, split
 from .datasets import ArrayDataset
 from .decoded import DecodedImages
 from .folder import Labels, Splitting, read_folder
@@ -258,7 +258,7 @@ class DataLoaders:
         if drawn is None or not sum(wanted) or len(drawn.items) != len(x):
             return [None] * len(wanted)
         numbers = uniforms(drawn.seed, drawn.epoch, drawn.items.numpy(), sum(wanted))
-        draws = torch.from_numpy(numbers).to(x.device, non_blocking=True).split(wanted, 1)
+        draws = sent(torch.from_numpy(numbers), x.device).split(wanted, 1)
         return [part if n else None for n, part in zip(wanted, draws, strict=True)]
 
     def one_batch(self) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, SetupError
-from ..tree import describe
+from ..tree import describe, sent
 
 _BLOCK, _FEW_BYTES = 65536, 16
 
@@ -51,7 +51,7 @@ class ArrayDataset:
         """
         block = max(_BLOCK // size, 1) * size
         places = {array.device for array in self.arrays}  # the order goes there once, whole
-        orders = {place: order.to(place, non_blocking=True).split(block) for place in places}
+        orders = {place: sent(order, place).split(block) for place in places}
         for parts in zip(*(orders[array.device] for array in self.arrays), strict=True):
             gathered = map(partial(_gather, size), self.arrays, parts)
             yield from zip(*gathered, strict=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..data import Loader
 from ..errors import SetupError
 from ..randomness import uniforms
+from ..tree import sent
 
 _BEYOND_ITEMS = 1 << 41
 """Where no item's own draws come from: the flips are not tied to those of another augmentation."""
@@ -68,7 +69,7 @@ class AlternatingFlip:
                 do="make it of the loader that trains: AlternatingFlip(data.train).",
             )
         flipped = flipped_now(drawn.seed, drawn.epoch, drawn.items.numpy())
-        chosen = torch.from_numpy(flipped).to(x.device, non_blocking=True)
+        chosen = sent(torch.from_numpy(flipped), x.device)
         return torch.where(chosen.view(-1, 1, 1, 1), x.flip(3), x)
 
     def __repr__(self) -> str:
