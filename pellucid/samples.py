@@ -16,7 +16,7 @@ from torch import Tensor
 from .histograms import N_BEGINNINGS, Octaves, upper_half
 
 N_SAMPLED = 2048
-"""Values of a tensor that go into its histogram, about: a share is then known to 1 %, one standard error."""
+"""Values of a tensor that go into its histogram, about; a share has a standard error of 1 %."""
 
 _STEPS = (
     *(2, 3, 5, 7, 11, 13, 17, 23, 29, 37, 47, 61, 79, 103, 137, 179, 233, 307, 401, 523, 683, 887),
