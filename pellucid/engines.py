@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 _APART: dict[str, Any] = {
     name: False
-    # of weights we take care, and a model may be wrapped in mid-fit; torch 2.13 has a new name for
-    # what forward passes send
+    # we take care ourselves that all begin alike, since a model may be wrapped anew in mid-fit;
+    # torch 2.13 has a new name for what forward passes send
     for name in ("init_sync", "forward_sync_buffers", "broadcast_buffers")
     if name in inspect.signature(DistributedDataParallel).parameters
 }
@@ -87,7 +87,7 @@ class Replicas(_Engine):
     @contextmanager
     def at_work(self) -> Generator[None]:
         """Call the model through DDP in a block."""
-        self._begin_alike()  # DDP would, but only at its first call
+        self._begin_alike()
         with self._acting():
             try:
                 yield
@@ -114,6 +114,8 @@ class Replicas(_Engine):
 
     def _wrapped(self, model: nn.Module) -> Any:
         trained = [param.requires_grad for param in model.parameters()]
+        if not self._trained:
+            self._begin_alike()  # whoever set weights by the first batch has seen a part of it
         if self._ddp is None or self._ddp.module is not model or trained != self._trained:
             self._ddp, self._trained = None, trained  # the old one's hooks go first
             self._ddp = DistributedDataParallel(model, **_APART)

@@ -531,9 +531,9 @@ class FirstBatch(Callback):
 
 
 class Stretch(Callback):
-    """Change the batch, as late as mixup does."""
+    """Change the batch, later than any of ours does."""
 
-    order = 90
+    order = 80
     changes = True
 
     def before_batch(self, learn):
