@@ -1,7 +1,8 @@
 """Recipes for small images: how accurate, in how many epochs, in how much time?
 
-Each recipe is a function of the ordinary `Learner`, to read and to copy. Seeds are 0, 1, 2, ... and
-none is left out; a seed fixes the weights at the start, the order of the data and the augmentation.
+Each recipe is a function of the ordinary `Learner`, to read and to copy. Seeds are 0, 1, 2, ... in
+turn, and the report shows all that were run; a seed fixes the weights at the start, the order of
+the data and the augmentation.
 
     python benchmarks/recipes.py                     # all, on the device there is
     python benchmarks/recipes.py mnist fashion       # those whose name begins so

@@ -24,6 +24,7 @@ from .snapshot import (
     preserved_modes,
     preserved_random_state,
 )
+from .stats import HALVES
 
 if TYPE_CHECKING:
     from .learner import Learner
@@ -88,8 +89,7 @@ class _KeepPredictions(Callback):
 
 def _in_single(leaf: Any) -> Any:
     """Return what autocast has left in half precision, which NumPy may not know, as float32."""
-    halves = (torch.float16, torch.bfloat16)
-    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in halves else leaf
+    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in HALVES else leaf
 
 
 @contextmanager

@@ -147,7 +147,7 @@ class Meters:
     def _gather(self) -> None:
         """Work out what follows from the hooks' sums, with a few operations for all modules.
 
-        A hook takes 19 for each tensor, most of them on a few numbers: there each one counts.
+        A hook takes 22 for each tensor, most of them on a few numbers: there each one counts.
         """
         self._lay_out()
         self._samples.count()

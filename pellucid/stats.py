@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-_HALVES = (torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def variance(t: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def norms(tensors: Iterable[Tensor]) -> Tensor:
     """Return the Euclidean norm of each tensor of floats, float32 (tensors,); one or more."""
     tensors = list(tensors)
     # half precision cannot hold the norm of many values; wider numbers refuse to be narrowed
-    narrow = all(tensor.dtype in (torch.float32, *_HALVES) for tensor in tensors)
+    narrow = all(tensor.dtype in (torch.float32, *HALVES) for tensor in tensors)
     found = torch._foreach_norm(tensors, 2, torch.float32 if narrow else None)
     return torch.stack([norm.float() for norm in found])
 

@@ -29,7 +29,7 @@ from pellucid.callbacks import (
     TakeTurns,
     non_finite,
 )
-from pellucid.errors import NonFiniteLoss
+from pellucid.errors import NonFiniteLoss, UnknownName
 from pellucid.gan import GAN, gan_batch, wasserstein
 from pellucid.roles import ByRole
 from pellucid.schedules import linear
@@ -388,3 +388,17 @@ def test_a_group_may_come_while_a_schedule_is_at_work():
     learn = learner(At("before_epoch", add), Schedule("lr", linear(0.1, 0)))
     learn.fit(2)
     assert learn.opt.param_groups[0]["lr"] == 0.1
+
+
+def test_a_decay_that_an_optimiser_does_not_know_is_told_by_name():
+    schedule = Schedule("weight_decay", linear(0.1, 0))
+    with pytest.raises(UnknownName, match="no hyper-parameter 'weight_decay'"):
+        learner(schedule, opt_func=ByRole(NoDecay)).fit(1)
+
+
+class NoDecay(torch.optim.Optimizer):
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        pass

@@ -121,8 +121,9 @@ class Precision(Callback):
         Raises:
             NonFiniteLoss: that is so, and the fit is to stop for what is not finite.
         """
-        stops = self._scaler is not None and learn.tally.non_finite == "stop"
-        if stops and self._scaler and self._scaler.get_scale() < _SMALLEST_FACTOR:
+        if self._scaler is None or learn.tally.non_finite != "stop":
+            return
+        if self._scaler.get_scale() < _SMALLEST_FACTOR:
             error = NonFiniteLoss(
                 "Gradients are not finite in batch after batch, so in half precision no step is "
                 "taken any more.",

@@ -84,10 +84,11 @@ class Schedule(Callback):
     def curves(self, opt: Optimizer, epochs: int) -> dict[str, schedules.Schedule]:
         """Return what will be set, by the name it has on record."""
         groups = opt.param_groups
+        spared = self._without_decay(groups)
         own = [
-            partial(_times, factor(group, self.name), schedule)
-            if id(group) not in self._without_decay(groups)
-            else schedules.constant(0)
+            schedules.constant(0)
+            if id(group) in spared
+            else partial(_times, factor(group, self.name), schedule)
             for group, schedule in zip(groups, self._by_group(len(groups)), strict=True)
         ]
         return dict(zip(hyper_names(opt, [self.name]), own, strict=True))
@@ -96,7 +97,7 @@ class Schedule(Callback):
         """Return the ids of groups that one schedule of weight decay for all leaves alone."""
         if self.name != "weight_decay" or isinstance(self.schedule, Sequence):
             return set()
-        return {id(g) for g in groups if "role" in g and not g["weight_decay"]}
+        return {id(g) for g in groups if "role" in g and g.get("weight_decay") == 0}
 
     def _by_group(self, n_groups: int) -> Sequence[schedules.Schedule]:
         if not isinstance(self.schedule, Sequence):
