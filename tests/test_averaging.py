@@ -525,6 +525,7 @@ def test_tied_weights_and_models_without_any_are_averaged_too():
     [
         lambda: EMA(1.0), lambda: EMA(-0.1), lambda: EMA(0.9, 0), lambda: SWA(1.0),
         lambda: SWA(-1), lambda: Lookahead(0), lambda: Lookahead(5, 0.0), lambda: Lookahead(5, 2),
+        lambda: EMA("0.9"), lambda: Lookahead(5, "0.5"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(make):

@@ -30,7 +30,7 @@ from pellucid.callbacks import (
     Progress,
 )
 from pellucid.data import ArrayDataset
-from pellucid.errors import SetupError, UnknownName
+from pellucid.errors import CallbackError, SetupError, UnknownName
 from pellucid.gradient_checkpointing import gradient_checkpointing
 from pellucid.losses import smooth_labels, smoothed
 from pellucid.nn import (
@@ -517,6 +517,8 @@ def test_the_plan_is_what_the_fit_does():
     assert set(drawn) == {"lr", "batch size", "image size", "EMA decay", "Lookahead pull", "own"}
     with pytest.raises(SetupError, match="Loader alone"):
         learner(batches(4)).plan(1, callbacks[:1])
+    with pytest.raises(CallbackError, match="takes a list"):
+        learner(batches(4)).plan(1, callbacks[0])
 
 
 def test_a_size_that_cannot_be_set_is_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from numbers import Real
 
 import torch
 from torch.optim import Optimizer
@@ -38,7 +39,8 @@ class EMA(Callback):
     order = 60  # when the steps of an epoch and what a skipped one leaves behind are settled
 
     def __init__(self, decay: float | Schedule = 0.999, every: int = 1):
-        if not (callable(decay) or 0 <= decay < 1) or not isinstance(every, int) or every < 1:
+        in_range = callable(decay) or (isinstance(decay, Real) and 0 <= decay < 1)
+        if not in_range or not isinstance(every, int) or every < 1:
             raise SetupError(
                 "EMA takes a decay in [0, 1) and a number of steps, 1 or more.",
                 saw=f"decay={decay!r}, every={every!r}",

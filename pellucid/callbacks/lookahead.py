@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from numbers import Real
 
 from torch.optim import Optimizer
 
@@ -35,7 +36,8 @@ class Lookahead(Callback):
     order = 52  # before those that average what was trained
 
     def __init__(self, every: int = 5, pull: float | Schedule = 0.5):
-        if not isinstance(every, int) or every < 1 or not (callable(pull) or 0 < pull <= 1):
+        in_range = callable(pull) or (isinstance(pull, Real) and 0 < pull <= 1)
+        if not in_range or not isinstance(every, int) or every < 1:
             raise SetupError(
                 "Lookahead takes a number of steps, 1 or more, and a pull in (0, 1].",
                 saw=f"every={every!r}, pull={pull!r}",

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .. import schedules
 from ..data import length
 from ..errors import SetupError
-from ..events import Callback
+from ..events import Callback, in_order
 from ..learner import Learner
 from ..optim import (
     build_optimizer,
@@ -190,12 +190,13 @@ def plan(learn: Learner, epochs: int, callbacks: Iterable[Callback] = ()) -> Fig
         callbacks: those of the fit, beside the learner's own.
 
     Raises:
+        CallbackError: `callbacks` is no list of callbacks.
         SetupError: nothing is scheduled, or the training loader has no length.
     """
     from ..plots import plot_columns
 
     opt = learn.opt or build_optimizer(learn.opt_func, learn.model, learn.lr)
-    callbacks = [*learn.callbacks, *callbacks]
+    callbacks = [*learn.callbacks, *in_order(callbacks)]
     scheduled = [callback for callback in callbacks if isinstance(callback, schedules.Scheduled)]
     curves = {name: c for callback in scheduled for name, c in callback.curves(opt, epochs).items()}
     n_batches = length(learn.data.train)
