@@ -45,7 +45,7 @@ def make_files(root: Path) -> None:
 
 
 def by_walk(root: Path) -> list[str]:
-    """What fastai's get_files does, without its objects."""
+    """What fastai's get_files does, by the functions it calls, without its objects."""
     return [
         f"{folder}/{name}"
         for folder, _, names in os.walk(root, followlinks=True)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -531,3 +532,14 @@ def test_tied_weights_and_models_without_any_are_averaged_too():
 def test_settings_out_of_range_are_refused(make):
     with pytest.raises(SetupError):
         make()
+
+
+@pytest.mark.parametrize("make", [EMA, lambda share: Lookahead(2, share)], ids=["EMA", "Lookahead"])
+def test_a_share_may_be_a_number_of_numpys(make, model, data, quiet):
+    found = []
+    for share in (0.5, np.float32(0.5)):
+        data.train.epoch = 0
+        learn = learner(copy.deepcopy(model), data, quiet, make(share))
+        learn.fit(1)
+        found.append(state(learn.model))
+    assert same(*found)

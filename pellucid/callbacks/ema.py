@@ -45,7 +45,8 @@ class EMA(Callback):
                 "EMA takes a decay in [0, 1) and a number of steps, 1 or more.",
                 saw=f"decay={decay!r}, every={every!r}",
             )
-        self.decay, self.every = decay, every
+        self.decay: float | Schedule = float(decay) if isinstance(decay, Real) else decay
+        self.every = every
         self._averages: Averages | None = None
         self._inside = False  # whether the model holds the averages, and they the weights
 

@@ -42,7 +42,8 @@ class Lookahead(Callback):
                 "Lookahead takes a number of steps, 1 or more, and a pull in (0, 1].",
                 saw=f"every={every!r}, pull={pull!r}",
             )
-        self.every, self.pull = every, pull
+        self.every = every
+        self.pull: float | Schedule = float(pull) if isinstance(pull, Real) else pull
         self._slow: Averages | None = None
 
     def curves(self, opt: Optimizer, epochs: int) -> dict[str, Schedule]:
