@@ -84,11 +84,11 @@ def fashion_recipe(epochs: int, seed: int) -> Learner:
 
 
 def cifar10_recipe(epochs: int, seed: int) -> Learner:
-    """Train a narrower network than airbench94's."""
+    """Train airbench94's network for longer, on images shifted by 4 pixels and cut out by 8."""
     seed_everything(seed)
     data = cifar10_data(1000, seed)
-    data.augment = [AlternatingFlip(data.train), Augment(shift=2 / 32)]
-    return as_airbench(data, airbench(3, 10, (64, 128, 256)), epochs, lr=0.16)
+    data.augment = [AlternatingFlip(data.train), Augment(shift=4 / 32, cutout=8 / 32)]
+    return as_airbench(data, airbench(3, 10, (64, 256, 256)), epochs, lr=0.16)
 
 
 def as_airbench(data: DataLoaders, model: nn.Sequential, epochs: int, lr: float) -> Learner:
@@ -132,7 +132,7 @@ RECIPES = {
     "mnist-1": Recipe(mnist_recipe, 1),
     "mnist-4": Recipe(mnist_recipe, 4),
     "fashion-5": Recipe(fashion_recipe, 5, views=True),
-    "cifar10-15": Recipe(cifar10_recipe, 15, n_seeds=1, views=True),
+    "cifar10-14": Recipe(cifar10_recipe, 14, n_seeds=1, views=True),
 }
 
 

@@ -388,6 +388,20 @@ def test_data_without_an_input_are_refused():
 # ── transforms ──────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("name", ["transforms", "augment"])
+def test_one_function_alone_is_as_good_as_a_list_of_it(name):
+    x = torch.arange(6.0).view(3, 2)
+    data = DataLoaders([(x, x)], **{name: torch.neg})
+    assert getattr(data, name) == [torch.neg]
+    setattr(data, name, Reshape(2))
+    getattr(data, name).append(torch.neg)
+    assert torch.equal(data.prepare(x, training=True), -x)
+    for wrong in [None, 3, [torch.neg, None], "flip"]:
+        with pytest.raises(SetupError, match=f"`{name}` takes a function"):
+            setattr(data, name, wrong)
+    assert len(getattr(data, name)) == 2  # what was refused has replaced nothing
+
+
 @given(
     n=st.integers(2, 20),
     channels=st.integers(1, 4),

@@ -23,13 +23,12 @@ from .decoded import DecodedImages
 from .folder import Labels, Splitting, read_folder
 from .folder_report import FolderReport
 from .loader import Loader, first, length, preserved_order
-from .transforms import Normalize, PerSample
+from .transforms import Normalize, PerSample, Transform, Transforms
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Array = Tensor | np.ndarray
-Transform = Callable[..., Any]
 
 
 class DataLoaders:
@@ -41,15 +40,19 @@ class DataLoaders:
         valid: likewise, or None.
         classes: the names of the classes, or their number, if the targets are classes.
         n_inputs: how many parts of a batch are inputs; the rest are targets.
-        transforms: functions or modules, applied one after the other to the inputs of every
-            batch, training and validation, once they are on the device.
+        transforms: functions or modules, or one, applied one after the other to the inputs of
+            every batch, training and validation, once they are on the device.
         augment: likewise, before the transforms and to training batches only. Those that draw for
             each sample (`PerSample`) get their random numbers from the seed of `train`, the epoch
             and the item, others draw as they please.
 
     Attributes:
         report: what `from_folder` found, for `print`; None for other data.
+        transforms, augment: lists, to be changed or replaced; one function alone is made a list.
     """
+
+    transforms = Transforms()
+    augment = Transforms()
 
     def __init__(
         self,
@@ -57,8 +60,8 @@ class DataLoaders:
         valid: Iterable[Any] | None = None,
         classes: Sequence[str] | int | None = None,
         n_inputs: int = 1,
-        transforms: Sequence[Transform] = (),
-        augment: Sequence[Transform] = (),
+        transforms: Transform | Iterable[Transform] = (),
+        augment: Transform | Iterable[Transform] = (),
     ):
         for part in (train, valid):
             whole = isinstance(part, Dataset) and not isinstance(part, IterableDataset)
@@ -76,7 +79,7 @@ class DataLoaders:
         numbers = range(classes) if isinstance(classes, int) else classes
         self.classes = None if numbers is None else [str(name) for name in numbers]
         self.n_inputs = n_inputs
-        self.transforms, self.augment = list(transforms), list(augment)
+        self.transforms, self.augment = transforms, augment
         self.report: FolderReport | None = None
 
     @classmethod
@@ -103,7 +106,7 @@ class DataLoaders:
         valid: Sequence[Array] | None = None,
         batch_size: int = 64,
         classes: Sequence[str] | int | None = None,
-        transforms: Sequence[Transform] | None = None,
+        transforms: Transform | Iterable[Transform] | None = None,
         seed: int = 0,
     ) -> DataLoaders:
         """Make loaders over arrays in memory: shuffled training, validation in twice the batch.
