@@ -20,17 +20,22 @@ Spans = dict[str, list[tuple[Callback, Callable[["Learner"], AbstractContextMana
 
 def bind(callbacks: Iterable[Callback]) -> tuple[Handlers, Spans]:
     """Look up who hears what: for each moment and each span, the methods in the order of acting."""
-    handlers: Handlers = {moment: [] for moment in MOMENTS}
-    spans: Spans = {span: [] for span in SPANS}
-    for callback in in_order(callbacks):
-        for name in heard(callback):
-            method = getattr(callback, name)
-            if name in handlers:
-                handlers[name].append((callback, method))
-            else:
-                span = contextmanager(method) if inspect.isgeneratorfunction(method) else method
-                spans[name].append((callback, span))
+    callbacks = in_order(callbacks)
+    handlers: Handlers = {moment: _bound(callbacks, moment) for moment in MOMENTS}
+    spans: Spans = {span: _bound(callbacks, span) for span in SPANS}
+    for hearers in spans.values():
+        hearers[:] = [(callback, _as_span(method)) for callback, method in hearers]
     return handlers, spans
+
+
+def _bound(callbacks: Iterable[Callback], name: str) -> list[tuple[Callback, Callable[..., Any]]]:
+    hearers = [callback for callback in callbacks if name in heard(callback)]
+    hearers.sort(key=lambda callback: name in callback.last)
+    return [(callback, getattr(callback, name)) for callback in hearers]
+
+
+def _as_span(method: Callable[..., Any]) -> Callable[..., Any]:
+    return contextmanager(method) if inspect.isgeneratorfunction(method) else method
 
 
 def with_defaults(callbacks: Iterable[Callback]) -> list[Callback]:

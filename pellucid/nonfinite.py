@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from . import tree
 from .sharding import own_part
@@ -74,6 +75,17 @@ def in_parameters(model: nn.Module) -> Culprit | None:
                 LOOK,
             )
     return None
+
+
+def reset_spoilt_statistics(model: nn.Module) -> list[str]:
+    """Give norms whose running statistics are not finite new ones; return the norms' names."""
+    spoilt = []
+    for name, module in model.named_modules():
+        own = module.buffers(recurse=False)
+        if isinstance(module, _NormBase) and any(_n_bad(buffer) for buffer in own):
+            module.reset_running_stats()
+            spoilt.append(name)
+    return spoilt
 
 
 def _in_tensors(x: Any, y: Any, numbers: Sequence[int] | None) -> Culprit | None:

@@ -33,7 +33,7 @@ class Slow(Callback):
             self.time.now += self.first
 
 
-def fitted(time, waits: float, computes: float, *callbacks, epochs: int = 2) -> Clocks:
+def fitted(time, waits: float, computes: float, *callbacks, epochs: int = 2, metrics=()) -> Clocks:
     class Loads:
         def __len__(self):
             return 5
@@ -45,7 +45,7 @@ def fitted(time, waits: float, computes: float, *callbacks, epochs: int = 2) -> 
 
     watch = Clocks()
     learn = Learner(
-        nn.Linear(6, 3), DataLoaders(Loads(), Loads()), F.cross_entropy,
+        nn.Linear(6, 3), DataLoaders(Loads(), Loads()), F.cross_entropy, metrics=metrics,
         callbacks=[Progress("off"), watch, Slow(time, computes, 7.0), *callbacks], device="cpu",
     )  # fmt: skip
     learn.fit(epochs)
@@ -70,6 +70,22 @@ def test_the_verdict_comes_after_the_first_epoch(time, capsys, waits, computes, 
     fitted(time, waits, computes)
     [line] = [line for line in capsys.readouterr().out.splitlines() if "bound" in line]
     assert line.startswith(found) and f"the first batch took {waits + computes + 7:.2f} s" in line
+
+
+def test_what_is_done_with_a_batch_after_it_is_no_waiting(time):
+    class Measures:
+        def __call__(self, preds, y):
+            time.now += 2.0
+            return torch.zeros(())
+
+    class Reads(Callback):
+        order = 500
+
+        def after_batch(self, learn):
+            time.now += 4.0
+
+    watch = fitted(time, 1.0, 3.0, Reads(), metrics=[Measures()])
+    assert watch.waiting == 9 and watch.warm == 9 * (1 + 3 + 2 + 4)
 
 
 def test_a_cancelled_batch_counts_too(time):

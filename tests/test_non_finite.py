@@ -12,8 +12,11 @@ from torch.optim import SGD, Adagrad, AdamW, RMSprop
 
 from pellucid import Callback, CancelBatch, CancelEpoch, DataLoaders, Learner, Loader
 from pellucid.callbacks import (
+    EMA,
     Accumulate,
+    Best,
     Clip,
+    Lookahead,
     NonFinite,
     OneCycle,
     Precision,
@@ -239,14 +242,64 @@ def test_batches_that_cannot_be_had_again():
 @pytest.mark.usefixtures("everywhere")
 def test_nothing_is_left_and_a_mended_run_goes_on():
     learn = learner(loaders=data(bad_item=1))
-    refused(learn)
+    assert "Statistics that were not finite begin anew, in '1'." in refused(learn)
     assert "found_inf" not in vars(learn.opt)
     assert not any(module._forward_hooks for module in learn.model.modules())
     assert not learn.model.training
-    learn.model.load_state_dict(mlp().state_dict())  # batch norm has seen it
     learn.data = data()
-    learn.fit(1)
-    assert math.isfinite(learn.record.epochs[-1]["train/loss"])
+    learn.data.valid = learn.data.train
+    row = learn.fit(1).epochs[-1]
+    assert math.isfinite(row["train/loss"]) and math.isfinite(row["valid/loss"])
+
+
+def test_statistics_that_are_finite_stay():
+    learn = learner(Spoils("loss"))
+    assert "begin anew" not in refused(learn)
+    assert learn.model[1].num_batches_tracked > AT
+
+
+class Root(nn.Module):
+    """Finite until its parameter falls below 0, which every step brings nearer."""
+
+    def __init__(self):
+        super().__init__()
+        self.below = nn.Parameter(torch.tensor(0.25))
+
+    def forward(self, x):
+        return x + self.below.sqrt()
+
+
+@pytest.mark.parametrize("more", [[], [Best()], [EMA(0.9)], [Best(), EMA(0.9), Lookahead()]])
+def test_the_weights_are_searched_that_the_batch_met_whatever_the_fit_ends_with(more):
+    torch.manual_seed(0)
+    loaders = DataLoaders([torch.zeros(4, 1)] * 5, [torch.zeros(2, 1)])
+    model, down = nn.Sequential(nn.Identity(), Root()), partial(SGD, lr=0.02)
+    learn = learner(*more, loaders=loaders, model=model, loss_func=torch.mean, opt_func=down)
+    with pytest.raises(NonFiniteLoss) as caught:
+        learn.fit(9)
+    text = str(caught.value)
+    assert "'1' (Root) gives what is not finite" in text
+    assert ("the weights are those before that batch" in text) == (not more)
+    assert ("a callback has put the weights in" in text) == bool(more)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_a_loss_of_one_element_is_looked_at_too():
+    def loss(preds, y):
+        return F.cross_entropy(preds, y).reshape(1)
+
+    learn = learner(loss_func=loss, loaders=data(bad_item=3))
+    assert "the inputs are not finite in item" in refused(learn)
+    assert all(param.isfinite().all() for param in learn.model.parameters())
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_a_loss_is_looked_at_as_the_last_who_assigns_it_leaves_it():
+    spoils = Spoils("loss")
+    spoils.order = 500
+    learn = learner(spoils)
+    assert "No step was taken since" in refused(learn)
+    assert all(param.isfinite().all() for param in learn.model.parameters())
 
 
 # ── the other actions ─────────────────────────────────────────────────────────────────────────

@@ -144,12 +144,15 @@ def test_nothing_is_left_on_the_optimiser():
     assert not {"found_inf", "grad_scale"} & set(vars(learn.opt))
 
 
-def test_skipping_goes_with_it():
+@pytest.mark.parametrize("opt_func", [AdamW, RMSprop])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_skipping_goes_with_it(dtype, opt_func):
     train = batches()
     train[3][0][1, 0, 0, 0] = torch.nan
-    learn = learner(Precision("fp16"), NonFinite("skip"), train=train, opt_func=AdamW)
-    learn.fit(1)
-    assert learn.record.epochs[-1]["train/skipped"] == 1
+    learn = learner(Precision(dtype), NonFinite("skip"), train=train, opt_func=opt_func)
+    learn.fit(2)
+    assert learn.record.epochs["train/skipped"].tolist() == [1, 1]
+    assert learn.step == 2 * (len(train) - 1)
     assert all(value.isfinite().all() for value in learn.model.state_dict().values())
 
 

@@ -215,6 +215,39 @@ def test_a_fit_that_a_callback_ends_ends_with_the_average_and_not_with_lookahead
     torch.testing.assert_close(weights(learn), expected)
 
 
+def test_a_fit_that_ends_before_an_average_begins_ends_with_lookaheads_weights():
+    def end(learn):
+        raise CancelFit
+
+    ends = [At("after_validate", end), At("after_batch", end), At("after_train", end)]
+    for at in ends:
+        found = []
+        for more in ([], [SWA(0.75)]):
+            learn = learner(Lookahead(3), at, *more)
+            learn.fit(8)
+            found.append(weights(learn))
+        plain = learner(at)
+        plain.fit(8)
+        assert torch.equal(*found) and not torch.equal(found[0], weights(plain))
+
+
+@pytest.mark.parametrize("order", [-50, 0, 12, 18, 500])
+@pytest.mark.parametrize("more", [Precision("fp16"), Accumulate(2)])
+def test_a_loss_is_weighed_and_scaled_as_the_last_who_assigns_it_leaves_it(more, order):
+    def penalise(learn):
+        if learn.training:
+            squares = sum(param.square().sum() for param in learn.model.parameters())
+            learn.loss = learn.loss + squares
+
+    ragged = [(x[:size], y[:size]) for (x, y), size in zip(batches(4), (4, 1, 2, 3), strict=True)]
+    found = []
+    for at in (order, -100):
+        learn = learner(more, At("after_loss", penalise, at), data=DataLoaders(ragged))
+        learn.fit(1)
+        found.append(weights(learn))
+    assert torch.equal(*found)
+
+
 def test_a_look_in_the_midst_of_half_precision_sees_the_average():
     found = {}
 

@@ -37,6 +37,7 @@ class Accumulate(Callback):
     changes = True
     decides = "how many batches a step takes"
     order = 10  # before whoever looks at the gradient of a step
+    last = ("after_loss",)  # it is the loss as all have left it that backward starts from
 
     def __init__(self, n: int, weigh: Callable[[Learner], float | Tensor] | None = None):
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:

@@ -31,13 +31,14 @@ class Clocks(Callback):
         waiting: of these, seconds in which the loop waited for the loader.
     """
 
-    order = -1000  # its span is entered first and left last
+    order = -1000  # the batch comes before anything is done with it
+    last = ("after_batch",)
 
     def __init__(self, show: bool = True):
         self.show = show
         self.cold: float | None = None
         self.warm = self.waiting = 0.0
-        self._began = self._asked = 0.0
+        self._began = self._asked = self._came = 0.0
 
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:
@@ -52,18 +53,19 @@ class Clocks(Callback):
 
     @contextmanager
     def around_batch(self, learn: Learner) -> Generator[None]:
-        """Take the time of a batch, and until it was there."""
-        came = perf_counter()
-        try:
-            yield
-        finally:
-            done = perf_counter()
-            if learn.training and self.cold is None:
-                self.cold = done - self._began
-            elif learn.training:
-                self.waiting += came - self._asked
-                self.warm += done - self._asked
-            self._asked = done
+        """Note when a batch is there."""
+        self._came = perf_counter()
+        yield
+
+    def after_batch(self, learn: Learner) -> None:
+        """Take the time of a batch, all that was done with it included; ask for the next."""
+        done = perf_counter()
+        if learn.training and self.cold is None:
+            self.cold = done - self._began
+        elif learn.training:
+            self.waiting += self._came - self._asked
+            self.warm += done - self._asked
+        self._asked = done
 
     def after_epoch(self, learn: Learner) -> None:
         """Say what was found in the first epoch."""

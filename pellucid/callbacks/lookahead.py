@@ -13,6 +13,7 @@ from ..errors import SetupError
 from ..events import Callback, CancelFit
 from ..learner import Learner
 from ..schedules import Schedule
+from .ema import EMA
 
 
 class Lookahead(Callback):
@@ -34,6 +35,7 @@ class Lookahead(Callback):
 
     changes = True
     order = 52  # before those that average what was trained
+    last = ("around_epoch",)  # so that it is left first, and SWA has the last word
 
     def __init__(self, every: int = 5, pull: float | Schedule = 0.5):
         in_range = callable(pull) or (isinstance(pull, Real) and 0 < pull <= 1)
@@ -69,7 +71,7 @@ class Lookahead(Callback):
             yield
         except CancelFit:
             others = [callback for callback, _ in learn.spans["around_epoch"]]
-            if self._slow and not any(map(_puts_averages_in, others)):
+            if self._slow and not any(isinstance(other, EMA) for other in others):
                 self._slow.put_into(learn.model)
             raise
 
@@ -86,7 +88,3 @@ class Lookahead(Callback):
         self.after_batch(learn)
         if self._slow and learn.epoch + 1 == learn.n_epochs:
             self._slow.put_into(learn.model)
-
-
-def _puts_averages_in(callback: Callback) -> bool:
-    return callback.decides == "which weights the fit ends with"

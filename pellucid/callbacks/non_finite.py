@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .. import tree
 from ..data import Loader
@@ -16,9 +17,9 @@ from ..errors import NonFiniteLoss, SetupError
 from ..events import Callback, CancelStep
 from ..learner import Learner
 from ..looks import copies
-from ..nonfinite import LOOK, Culprit, culprit, in_parameters
+from ..nonfinite import LOOK, Culprit, culprit, in_parameters, reset_spoilt_statistics
 from ..optim import gradients, guard, guards, params_of
-from ..sharding import zero_if_finite
+from ..sharding import own_part, zero_if_finite
 from ..snapshot import preserved_buffers, preserved_random_state
 
 _UNHEARD = {
@@ -36,17 +37,18 @@ class NonFinite(Callback):
 
     "stop" raises `NonFiniteLoss`, which names the batch and what in it was the first that was not
     finite: an item, a parameter, a module or the loss. The loss is read a tenth of a second later
-    at most; in the meantime no step is taken: the weights stay those of the step before. (On a GPU
-    the device itself decides that, nothing is read back. There it needs torch's fused optimisers:
-    SGD, Adam, AdamW, Adagrad, which a `Learner` takes where it can. Others step with NaN.) A
-    gradient that is not finite while the loss is shows in the next loss; after the last step of an
-    epoch the weights are looked at.
+    at most; in the meantime no step is taken: the weights stay those of the step before, and batch
+    norm's statistics begin anew where they have become NaN. (On a GPU the device itself decides
+    that, nothing is read back. There it needs torch's fused optimisers: SGD, Adam, AdamW, Adagrad,
+    which a `Learner` takes where it can. Others step with NaN.) A gradient that is not finite while
+    the loss is shows in the next loss; after the last step of an epoch the weights are looked at.
 
     "skip" takes no step if the loss or a gradient is not finite, and keeps batch norm's statistics
-    as they were. The loss goes on record as it was; the epoch's averages are those of the other
-    batches, and "train/skipped" says how many were left out. On a GPU, with an optimiser that is
-    not fused, one number is read back in every step; with a fused one the device decides alone, and
-    `learn.step` counts skipped steps too.
+    as they were if it is the loss. "train/skipped" is the number of steps left out. The loss goes
+    on record as it was; the epoch's averages leave out the batches whose loss is not finite, while
+    metric objects see all. On a GPU, with an optimiser that is not fused, one number is read back
+    in every step; with a fused one the device decides alone, and `learn.step` counts skipped steps
+    too.
 
     "log" does nothing: the loss goes on record as it is.
 
@@ -62,6 +64,7 @@ class NonFinite(Callback):
     changes = True
     decides = "what becomes of NaN"
     order = 20  # when the gradient is whole, see Accumulate
+    last = ("after_loss", "around_epoch")  # the loss that backward starts from
 
     def __init__(self, action: str = "stop"):
         if action not in ("stop", "skip", "log"):
@@ -76,6 +79,7 @@ class NonFinite(Callback):
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self._loss: Tensor | None = None
         self._loader_epoch = 0
+        self._weights: list[float] | None = None  # as they were when the epoch was left by an error
 
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:
@@ -88,12 +92,26 @@ class NonFinite(Callback):
             self._look = self._look_on_host
         self._stops, self._reads = on_host or guards(learn.opt), on_host or not guards(learn.opt)
         self._spoilt = False
+        self._weights = None
         try:
             with guard(learn.opt, None if self._reads or self.action == "log" else self._bad):
                 yield
         except NonFiniteLoss as error:
             if error.batch is not None:
+                if self._weights is None:  # the loss was read when the epoch had been left
+                    self._explain(learn, error)
+                self._say_what_is_left(learn, error)
+            raise
+
+    @contextmanager
+    def around_epoch(self, learn: Learner) -> Generator[None]:
+        """Look for the culprit while the weights are those it met; averages come later."""
+        try:
+            yield
+        except NonFiniteLoss as error:
+            if error.batch is not None:
                 self._explain(learn, error)
+                self._weights = _sums(learn.opt)
             raise
 
     def before_train(self, learn: Learner) -> None:
@@ -112,9 +130,10 @@ class NonFinite(Callback):
 
     def after_loss(self, learn: Learner) -> None:
         """Look at the loss, where it is."""
-        if learn.training and isinstance(learn.loss, Tensor) and not learn.loss.ndim:
+        if learn.training and isinstance(learn.loss, Tensor) and learn.loss.numel() == 1:
             self._looked_at = learn.batch_index
-            self._loss = learn.loss.detach()
+            loss = learn.loss.detach()
+            self._loss = loss.reshape(()) if loss.ndim else loss
             self._look(self._loss)  # backward refuses another
 
     def after_backward(self, learn: Learner) -> None:
@@ -149,10 +168,11 @@ class NonFinite(Callback):
         self._put_back()
 
     def _put_back(self) -> None:
-        if self._loss is not None:
-            finite = self._loss.isfinite()
-            for buffer, before in self._buffers:
-                buffer.copy_(torch.where(finite, buffer, before))
+        finite = None if self._loss is None else self._loss.isfinite()
+        for buffer, before in self._buffers:
+            # of a batch that was cancelled before its loss was looked at, each buffer tells
+            good = buffer.isfinite().all() if finite is None else finite
+            buffer.copy_(torch.where(good, buffer, before))
         self._buffers, self._loss = [], None
 
     def after_train(self, learn: Learner) -> None:
@@ -183,17 +203,28 @@ class NonFinite(Callback):
 
     def _explain(self, learn: Learner, error: NonFiniteLoss) -> None:
         """Go through the batch again and add to the error what was bad first."""
-        what, saw, do = error.args
+        what, saw, _ = error.args
         try:
             found = self._culprit(learn, int(error.batch or 0))
             if found:
-                saw, do = f"{saw}; {found.what}", found.do
+                error.args = (what, f"{saw}; {found.what}", found.do)
         except Exception as failure:  # this is help, and must not hide the error
             error.add_note(f"Looking for the culprit failed: {type(failure).__name__}: {failure}")
-        if self._stops:
+
+    def _say_what_is_left(self, learn: Learner, error: NonFiniteLoss) -> None:
+        """Mend batch norm's statistics, and add to the error what the model holds now."""
+        what, saw, do = error.args
+        if not self._stops:
+            do += " The weights may be spoilt: begin again with a new model or saved weights."
+        elif self._weights is None:
+            do += " No step was taken since."
+        elif self._weights == _sums(learn.opt):
             do += " No step was taken since: the weights are those before that batch."
         else:
-            do += " The weights may be spoilt: begin again with a new model or saved weights."
+            do += " No step was taken since; a callback has put the weights in that it ends with."
+        norms = reset_spoilt_statistics(learn.model) if isinstance(learn.model, nn.Module) else []
+        if norms:
+            do += f" Statistics that were not finite begin anew, in {', '.join(map(repr, norms))}."
         error.args = (what, saw, do)
 
     def _culprit(self, learn: Learner, number: int) -> Culprit | None:
@@ -231,6 +262,11 @@ class NonFinite(Callback):
             batch = next(loader.batches(self._loader_epoch, number))
             return batch, loader.drawn.items.tolist() if loader.drawn else None
         return (loader[number], None) if isinstance(loader, Sequence) else (None, None)
+
+
+def _sums(opt: Optimizer) -> list[float]:
+    """Return what tells whether weights are the same still."""
+    return [float(own_part(param.detach()).double().sum()) for param in params_of(opt)]
 
 
 def _read(number: Tensor) -> float:

@@ -54,6 +54,7 @@ class Precision(Callback):
     changes = True
     decides = "the precision"
     order = 15  # unscaled before anyone looks at the gradient of a step
+    last = ("after_loss",)  # it is the loss as all have left it that backward starts from
 
     def __init__(self, dtype: str = "auto"):
         if dtype not in ("auto", *_DTYPES):
@@ -111,7 +112,7 @@ class Precision(Callback):
         overflowed = torch.ne(zero_if_finite(gradients(learn.opt), learn.device), 0).float()
         if guards(learn.opt):
             self._guard = guard_also(learn.opt, overflowed, self._guard)
-        elif overflowed.item():
+        elif learn.tally.non_finite != "skip" and overflowed.item():  # else NonFinite looks
             learn.zero_grad()
             raise CancelStep
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..binding import bind
 from ..data import length
-from ..events import TIMETABLE, Callback, CancelFit, heard
+from ..events import TIMETABLE, Callback, CancelFit
 from ..learner import Learner
 from ..tree import leaves
 
@@ -22,10 +23,12 @@ _PARTS = {"forward": ("preds",), "compute_loss": ("loss",), "backward": (), "tak
 
 def annotated_timetable(callbacks: Iterable[Callback]) -> str:
     """Return the timetable as text, each callback beside the moments and spans it hears."""
-    acting: dict[str, list[str]] = {}
-    for callback in callbacks:
-        for name in heard(callback):
-            acting.setdefault(name, []).append(type(callback).__name__)
+    handlers, spans = bind(callbacks)
+    acting = {
+        name: [type(callback).__name__ for callback, _ in hearers]
+        for name, hearers in (handlers | spans).items()
+        if hearers
+    }
     lines = TIMETABLE.strip("\n").splitlines()
     width = max(map(len, lines)) + 2
     return "\n".join(
