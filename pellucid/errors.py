@@ -15,6 +15,7 @@ traceback, with a note added that says where in the fit it happened.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Real
 
 
 class PellucidError(Exception):
@@ -69,6 +70,11 @@ def three_parts(what: str, saw: str = "", do: str = "") -> str:
     """Format a message: what is wrong, what was seen, what to do; empty parts are left out."""
     parts = [what, saw and f"  saw: {saw}", do and f"  do:  {do}"]
     return "\n".join(part for part in parts if part)
+
+
+def are_numbers(*values: object) -> bool:
+    """Tell whether all are real numbers, NumPy's among them; a truth value is none."""
+    return all(isinstance(value, Real) and not isinstance(value, bool) for value in values)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

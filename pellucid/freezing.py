@@ -58,6 +58,12 @@ def freeze_to(model: nn.Module, n: int) -> None:
         unfreeze(*[module for stage in stages(model)[n:] for module in stage])
 
 
+def frozen(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that do not train, and of modules kept as they are."""
+    params = [name for name, param in model.named_parameters() if not param.requires_grad]
+    return params + [name for name, module in model.named_modules() if "train" in vars(module)]
+
+
 def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
     """Stand in for a frozen module's `train`: its parts follow, it does not."""
     for child in module.children():

@@ -113,9 +113,16 @@ def combine(fractions: Sequence[float], schedules: Sequence[Schedule]) -> Sequel
         schedules: as many schedules; each sees its own stretch as 0 to 1.
 
     Raises:
-        SetupError: the shares do not add up to 1, or the numbers of both differ.
+        SetupError: the shares do not add up to 1, the numbers of both differ, or a schedule is no
+            function.
     """
     fractions, schedules = tuple(fractions), tuple(schedules)
+    if not all(map(callable, schedules)):
+        raise SetupError(
+            "A schedule is a function of the position, 0 to 1.",
+            saw=f"{list(schedules)}",
+            do="schedules.constant(0.1) makes one of a number.",
+        )
     if not math.isclose(sum(fractions), 1, abs_tol=1e-6) or min(fractions, default=0) < 0:
         raise SetupError(
             "The fractions of a combined schedule must be >= 0 and add up to 1.",

@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from time import perf_counter
 from typing import Any
 
@@ -183,6 +184,11 @@ def check_monitored(name: str, metrics: Iterable[str], validates: bool) -> None:
     numbers = ["loss", *metrics]
     parts = ["train", "valid"] if validates else ["train"]
     known = [f"{part}/{number}" for part in parts for number in numbers]
-    measured = name in numbers or name.startswith(("train/", "valid/"))
-    if measured and name not in [*known, "train/skipped"]:
-        raise UnknownName(f"No epoch of this fit will have {name!r}.", do=did_you_mean(name, known))
+    if name in [*known, "train/skipped"]:
+        return
+    # other columns, a schedule's for instance, are not known before
+    measured = not isinstance(name, str) or name.startswith(("train", "val"))
+    if measured or name in numbers or get_close_matches(name, known):
+        raise UnknownName(
+            f"No epoch of this fit will have {name!r}.", do=did_you_mean(str(name), known)
+        )

@@ -240,7 +240,7 @@ def test_however_the_fit_ends_the_model_holds_the_average(fault, moment, order, 
         def _raise(self, learn: Learner) -> None:
             if learn.epoch == 1:
                 twin = copy.deepcopy(ema)
-                at.append((twin._averages, twin._inside, state(learn.model)))
+                at.append((twin._averages, twin.holds_average, state(learn.model)))
                 raise fault
 
     Raises.order = order

@@ -6,7 +6,7 @@ import math
 import re
 import sys
 import types
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from itertools import pairwise
 
@@ -22,19 +22,28 @@ from pellucid.callbacks import (
     SWA,
     Accumulate,
     Best,
+    Clip,
     Debug,
     EarlyStopping,
+    GradientCheckpointing,
+    ImageSize,
+    LabelSmoothing,
+    Lookahead,
+    MaxTime,
+    MixUp,
     NonFinite,
     OneCycle,
     Precision,
     Progress,
     Schedule,
+    TakeTurns,
+    Unfreeze,
 )
 from pellucid.callbacks import progress as progress_module
 from pellucid.errors import CallbackError, SetupError, UnknownName
 from pellucid.events import CANCEL_MOMENTS, MOMENTS
 from pellucid.metrics import accuracy
-from pellucid.schedules import constant, linear
+from pellucid.schedules import combine, constant, linear
 
 X, Y = torch.linspace(-1, 1, 12).reshape(6, 2), tensor([0, 1, 1, 0, 1, 0])
 
@@ -233,6 +242,92 @@ def test_two_of_which_one_would_have_no_effect_are_refused(what):
     )
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_two_schedules_of_momentum_are_refused(first):
+    given = [OneCycle(0.1), Schedule("momentum", constant(0.5))]
+    learn = small(opt_func=partial(SGD, momentum=0.9))
+    with pytest.raises(CallbackError, match="Two callbacks decide the schedule of momentum"):
+        learn.fit(1, callbacks=given if first else given[::-1])
+    assert learn.step == 0
+    assert [group["momentum"] for group in learn.opt.param_groups] == [0.9]
+
+
+def test_a_callback_may_come_after_all_others_in_a_moment(capsys):
+    class Early(Callback):
+        order = -5
+        last = ("after_batch", "around_epoch")
+
+        def before_batch(self, learn):
+            came.append("Early before_batch")
+
+        def after_batch(self, learn):
+            came.append("Early after_batch")
+
+        @contextmanager
+        def around_epoch(self, learn):
+            came.append("Early in")
+            yield
+            came.append("Early out")
+
+    class Late(Early):
+        order = 400
+        last = ()
+
+        def before_batch(self, learn):
+            came.append("Late before_batch")
+
+        def after_batch(self, learn):
+            came.append("Late after_batch")
+
+        @contextmanager
+        def around_epoch(self, learn):
+            came.append("Late in")
+            yield
+            came.append("Late out")
+
+    came: list[str] = []
+    learn = small(1, 1, callbacks=[Early(), Late()])
+    learn.data.valid = None
+    learn.fit(1)
+    batch = ["Early before_batch", "Late before_batch", "Late after_batch", "Early after_batch"]
+    assert came == ["Late in", "Early in", *batch, "Early out", "Late out"]
+    learn.show_loop()
+    shown = capsys.readouterr().out
+    assert re.search(r"before_batch +← Early, Late\n", shown)
+    assert re.search(r"after_batch +← .*Late, Early\n", shown)
+
+
+# ── what makes no sense is refused when a callback is made ──────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MixUp("0.4"),
+        lambda: LabelSmoothing("0.1"),
+        lambda: SWA("a"),
+        lambda: Clip("1"),
+        lambda: MaxTime("600"),
+        lambda: ImageSize(constant(1), multiple="4"),
+        lambda: Unfreeze(True),
+        lambda: EMA(True),
+        lambda: Lookahead(pull="half"),
+        lambda: GradientCheckpointing([]),
+        lambda: TakeTurns(["critic", "generator"]),
+        lambda: TakeTurns({"critic": 5.0, "generator": 1}),
+        lambda: Schedule("lr", [0.1]),
+        lambda: Schedule("lr", "cosine"),
+        lambda: OneCycle("0.1"),
+        lambda: OneCycle(0.1, momentum=0.9),
+        lambda: combine([0.5, 0.5], [128, 512]),
+    ],
+)
+def test_another_kind_of_setting_is_refused_with_what_was_seen(make):
+    with pytest.raises(SetupError) as caught:
+        make()
+    assert re.search(r"takes|one or more|take turns|must be|A schedule is", str(caught.value))
+
+
 # ── stopping, and keeping the best ──────────────────────────────────────────────────────────────
 
 
@@ -290,7 +385,15 @@ def test_a_second_fit_counts_anew():
 @pytest.mark.parametrize("kind", [EarlyStopping, Best])
 def test_a_number_that_the_fit_will_not_have_is_refused_before_it_begins(kind):
     learn = small(metrics=[accuracy])
-    for slip, meant in [("valid/acuracy", "did you mean 'valid/accuracy'"), ("loss", "valid/loss")]:
+    slips = {
+        "valid/acuracy": "did you mean 'valid/accuracy'",
+        "loss": "valid/loss",
+        "val_loss": "did you mean 'valid/loss'",
+        "valid_accuracy": "did you mean 'valid/accuracy'",
+        "acuracy": "valid/accuracy",
+        3: "choose one of",
+    }
+    for slip, meant in slips.items():
         with pytest.raises(UnknownName, match=meant):
             learn.fit(1, callbacks=[kind(slip)])
     learn.data.valid, valid = None, learn.data.valid
@@ -302,7 +405,16 @@ def test_a_number_that_the_fit_will_not_have_is_refused_before_it_begins(kind):
         learn.fit(1, callbacks=[kind(name)])
 
 
-@pytest.mark.parametrize("settings", [{"patience": 0}, {"patience": -1}, {"min_delta": -0.1}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"patience": 0},
+        {"patience": 2.5},
+        {"patience": True},
+        {"min_delta": -0.1},
+        {"min_delta": "0"},
+    ],
+)
 def test_a_patience_or_a_difference_that_makes_no_sense_is_refused(settings):
     with pytest.raises(SetupError):
         EarlyStopping(**settings)

@@ -222,3 +222,7 @@ def test_what_it_cannot_do_is_refused(model, data, quiet):
     with pytest.raises(SetupError, match=r"0\.weight, 0\.bias"):
         Learner(model, data, callbacks=[quiet, Unfreeze()]).fit(1)
     assert not model[0].weight.requires_grad
+    bare = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, affine=False), nn.Linear(8, 3))
+    freeze(bare[1])  # which has statistics, and no parameters
+    with pytest.raises(SetupError, match="saw: 1\n"):
+        Learner(bare, data, callbacks=[quiet, Unfreeze()]).fit(1)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
-from ..errors import SetupError
+from ..errors import SetupError, are_numbers
 from ..events import Callback
 from ..learner import Learner
 from ..optim import gradients, params_of, takes_one_gradient
@@ -33,8 +33,9 @@ class Clip(Callback):
     def __init__(self, norm: float | None = None, value: float | None = None):
         if (norm is None) == (value is None):
             raise SetupError("Clip takes a norm or a value.", do="Clip(norm=1.0)")
-        if not (norm or value or 0) > 0:
-            raise SetupError("Clip takes a positive limit.", saw=f"norm={norm}, value={value}")
+        limit = (value if norm is None else norm) or 0
+        if not are_numbers(limit) or not limit > 0:
+            raise SetupError("Clip takes a positive limit.", saw=f"norm={norm!r}, value={value!r}")
         self.norm, self.value = norm, value
 
     @contextmanager

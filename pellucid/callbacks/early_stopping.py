@@ -1,6 +1,6 @@
 """Stop when a number no longer gets better."""
 
-from ..errors import SetupError
+from ..errors import SetupError, are_numbers
 from ..events import Callback, CancelFit
 from ..learner import Learner
 from ..tally import check_monitored
@@ -30,10 +30,11 @@ class EarlyStopping(Callback):
         min_delta: float = 0.0,
         lower_is_better: bool | None = None,
     ):
-        if patience < 1 or min_delta < 0:
+        whole = isinstance(patience, int) and not isinstance(patience, bool)
+        if not whole or patience < 1 or not are_numbers(min_delta) or min_delta < 0:
             raise SetupError(
-                "EarlyStopping needs patience of 1 or more and min_delta of 0 or more.",
-                saw=f"patience={patience}, min_delta={min_delta}",
+                "EarlyStopping needs patience, epochs of 1 or more, and min_delta of 0 or more.",
+                saw=f"patience={patience!r}, min_delta={min_delta!r}",
             )
         self.monitor, self.patience, self.min_delta = monitor, patience, min_delta
         self.lower_is_better = lower_is_better

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from numbers import Real
 
 import torch
 from torch.optim import Optimizer
 
 from ..averaging import Averages, warm_decay
-from ..errors import SetupError
+from ..errors import SetupError, are_numbers
 from ..events import Callback
 from ..learner import Learner
 from ..schedules import Schedule
@@ -30,6 +29,9 @@ class EMA(Callback):
             every=5 is the airbench94 recipe's, without its copying back, which `Lookahead` does.
         every: steps between updates.
 
+    Attributes:
+        holds_average: whether the model holds the average now, and this callback the weights.
+
     Raises:
         SetupError: decay or every is out of its range.
     """
@@ -39,16 +41,16 @@ class EMA(Callback):
     order = 60  # when the steps of an epoch and what a skipped one leaves behind are settled
 
     def __init__(self, decay: float | Schedule = 0.999, every: int = 1):
-        in_range = callable(decay) or (isinstance(decay, Real) and 0 <= decay < 1)
+        in_range = callable(decay) or (are_numbers(decay) and 0 <= decay < 1)
         if not in_range or not isinstance(every, int) or every < 1:
             raise SetupError(
                 "EMA takes a decay in [0, 1) and a number of steps, 1 or more.",
                 saw=f"decay={decay!r}, every={every!r}",
             )
-        self.decay: float | Schedule = float(decay) if isinstance(decay, Real) else decay
+        self.decay: float | Schedule = decay if callable(decay) else float(decay)
         self.every = every
         self._averages: Averages | None = None
-        self._inside = False  # whether the model holds the averages, and they the weights
+        self.holds_average = False
 
     def curves(self, opt: Optimizer, epochs: int) -> dict[str, Schedule]:
         """Return the decay by the position in the run, where it is a schedule."""
@@ -60,7 +62,7 @@ class EMA(Callback):
         try:
             yield
         finally:
-            self._averages, self._inside = None, False
+            self._averages, self.holds_average = None, False
 
     def before_fit(self, learn: Learner) -> None:
         """Begin with the weights as they are."""
@@ -79,7 +81,7 @@ class EMA(Callback):
     @contextmanager
     def around_batch(self, learn: Learner) -> Generator[None]:
         """Let a look in the midst of training, `learn.validate()`, see the average too."""
-        looked_at = not learn.training and not self._inside
+        looked_at = not learn.training and not self.holds_average
         if looked_at:
             self._bring(learn, inside=True)
         try:
@@ -106,7 +108,7 @@ class EMA(Callback):
         return self.decay(progress)
 
     def _bring(self, learn: Learner, inside: bool) -> None:
-        if self._averages and inside != self._inside:
+        if self._averages and inside != self.holds_average:
             self._averages.exchange(learn.model)
             torch.clear_autocast_cache()  # it keeps weights in half precision for a whole block
-            self._inside = inside
+            self.holds_average = inside

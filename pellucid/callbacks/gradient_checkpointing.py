@@ -3,7 +3,7 @@
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
-from ..errors import UnknownName, did_you_mean
+from ..errors import SetupError, UnknownName, did_you_mean
 from ..events import Callback
 from ..gradient_checkpointing import gradient_checkpointing
 from ..learner import Learner
@@ -20,11 +20,14 @@ class GradientCheckpointing(Callback):
             them, none within another.
 
     Raises:
+        SetupError: there are no names.
         UnknownName: in the fit, if the model has no module of a name.
     """
 
     def __init__(self, modules: Sequence[str]):
         self.modules = [modules] if isinstance(modules, str) else list(modules)
+        if not self.modules:
+            raise SetupError("GradientCheckpointing takes names of modules, one or more.")
 
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:

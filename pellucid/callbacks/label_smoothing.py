@@ -3,7 +3,7 @@
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from ..errors import SetupError
+from ..errors import SetupError, are_numbers
 from ..events import Callback
 from ..learner import Learner
 from ..losses import smoothed
@@ -27,7 +27,7 @@ class LabelSmoothing(Callback):
     order = -10  # before those that mix losses
 
     def __init__(self, smoothing: float = 0.1):
-        if not 0 <= smoothing <= 1:
+        if not are_numbers(smoothing) or not 0 <= smoothing <= 1:
             raise SetupError("LabelSmoothing takes a share from 0 to 1.", saw=repr(smoothing))
         self.smoothing = smoothing
 

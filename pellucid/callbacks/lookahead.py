@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from numbers import Real
 
 from torch.optim import Optimizer
 
-from ..averaging import Averages
-from ..errors import SetupError
+from ..averaging import Averages, holds_average
+from ..errors import SetupError, are_numbers
 from ..events import Callback, CancelFit
 from ..learner import Learner
 from ..schedules import Schedule
-from .ema import EMA
 
 
 class Lookahead(Callback):
@@ -35,17 +33,16 @@ class Lookahead(Callback):
 
     changes = True
     order = 52  # before those that average what was trained
-    last = ("around_epoch",)  # so that it is left first, and SWA has the last word
 
     def __init__(self, every: int = 5, pull: float | Schedule = 0.5):
-        in_range = callable(pull) or (isinstance(pull, Real) and 0 < pull <= 1)
+        in_range = callable(pull) or (are_numbers(pull) and 0 < pull <= 1)
         if not in_range or not isinstance(every, int) or every < 1:
             raise SetupError(
                 "Lookahead takes a number of steps, 1 or more, and a pull in (0, 1].",
                 saw=f"every={every!r}, pull={pull!r}",
             )
         self.every = every
-        self.pull: float | Schedule = float(pull) if isinstance(pull, Real) else pull
+        self.pull: float | Schedule = pull if callable(pull) else float(pull)
         self._slow: Averages | None = None
 
     def curves(self, opt: Optimizer, epochs: int) -> dict[str, Schedule]:
@@ -71,7 +68,7 @@ class Lookahead(Callback):
             yield
         except CancelFit:
             others = [callback for callback, _ in learn.spans["around_epoch"]]
-            if self._slow and not any(isinstance(other, EMA) for other in others):
+            if self._slow and not any(map(holds_average, others)):
                 self._slow.put_into(learn.model)
             raise
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from time import perf_counter
 
 from ..distributed import as_the_first_says, is_first
-from ..errors import SetupError
+from ..errors import SetupError, are_numbers
 from ..events import Callback, CancelEpoch, CancelFit
 from ..learner import Learner
 
@@ -29,7 +29,7 @@ class MaxTime(Callback):
     order = 900  # when all others are done with the batch
 
     def __init__(self, seconds: float):
-        if not seconds > 0:
+        if not are_numbers(seconds) or not seconds > 0:
             raise SetupError("MaxTime takes a number of seconds above 0.", saw=repr(seconds))
         self.seconds = seconds
         self.reached: tuple[int, int] | None = None

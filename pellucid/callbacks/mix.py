@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import mixing, tree
-from ..errors import SetupError
+from ..errors import SetupError, are_numbers
 from ..events import Callback
 from ..learner import Learner
 from ..randomness import checked_seed
@@ -27,7 +27,7 @@ class _Mix(Callback):
     changes = True
 
     def __init__(self, alpha: float, seed: int):
-        if not 0 < alpha < math.inf:
+        if not are_numbers(alpha) or not 0 < alpha < math.inf:
             raise SetupError(f"{type(self).__name__} takes an alpha above 0.", saw=repr(alpha))
         self.alpha, self.seed = alpha, checked_seed(seed)
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .. import schedules
 from ..data import length
-from ..errors import SetupError
+from ..errors import CallbackError, SetupError, are_numbers
 from ..events import Callback, in_order
 from ..learner import Learner
 from ..optim import (
@@ -43,7 +43,8 @@ class Schedule(Callback):
     changes = True
 
     def __init__(self, name: str, schedule: schedules.Schedule | Sequence[schedules.Schedule]):
-        if not callable(schedule) and not isinstance(schedule, Sequence):
+        several = isinstance(schedule, Sequence) and all(map(callable, schedule))
+        if not callable(schedule) and not several:
             raise SetupError(
                 f"The schedule of {name} must be a function of the position, or several.",
                 saw=repr(schedule),
@@ -57,6 +58,12 @@ class Schedule(Callback):
         """Check that the schedule can run, and put the hyper-parameter back at the end."""
         groups = learn.opt.param_groups
         self._by_group(len(groups))
+        if self.name != "lr" and self.name in learn.recorded:
+            raise CallbackError(
+                f"Two callbacks decide the schedule of {self.name}, and one would have no effect.",
+                saw="OneCycle schedules momentum too" * (self.name == "momentum"),
+                do="leave one out; those of the learner serve every fit.",
+            )
         self._spared = self._without_decay(groups)
         before = [hyper(group, self.name) for group in groups]
         learn.recorded = list(dict.fromkeys([*learn.recorded, self.name]))
@@ -131,11 +138,18 @@ class OneCycle(Callback):
 
     def __init__(
         self,
-        lr: float | Sequence[float],
+        lr: float | list[float] | tuple[float, ...],
         warmup: float = 0.25,
         momentum: tuple[float, float] = (0.95, 0.85),
     ):
-        self.lr = [checked_lr(rate) for rate in lr] if isinstance(lr, Sequence) else checked_lr(lr)
+        several = isinstance(lr, list | tuple)
+        self.lr = [checked_lr(rate) for rate in lr] if several else checked_lr(lr)
+        if not isinstance(momentum, Sequence) or len(momentum) != 2 or not are_numbers(*momentum):
+            raise SetupError(
+                "OneCycle takes momentum's highest and lowest value.",
+                saw=f"momentum={momentum!r}",
+                do="momentum=(0.95, 0.85)",
+            )
         self.warmup, self.momentum = warmup, momentum
 
     @contextmanager
@@ -159,7 +173,7 @@ class OneCycle(Callback):
         return {name: c for part in parts for name, c in part.curves(opt, epochs).items()}
 
     def _choose(self, opt: Optimizer) -> list[Schedule]:
-        rates = self.lr if isinstance(self.lr, Sequence) else [self.lr] * len(opt.param_groups)
+        rates = self.lr if isinstance(self.lr, list) else [self.lr] * len(opt.param_groups)
         lr = Schedule("lr", [schedules.one_cycle(rate, warmup=self.warmup) for rate in rates])
         if not all(map(has_momentum, opt.param_groups)):
             return [lr]
@@ -181,8 +195,9 @@ class _Sizes(Protocol):
 def plan(learn: Learner, epochs: int, callbacks: Iterable[Callback] = ()) -> Figure:
     """Draw every schedule of a fit before it runs, value against batch.
 
-    Those of `Schedule`, `OneCycle`, `BatchSize` and `ImageSize`, where they are functions those of
-    `EMA` and `Lookahead`, and of any callback that is `schedules.Scheduled`.
+    For the learner's own optimiser: those of `Schedule`, `OneCycle`, `BatchSize` and `ImageSize`,
+    where they are functions those of `EMA` and `Lookahead`, and of any callback that is
+    `schedules.Scheduled`.
 
     Args:
         learn: it and its optimiser are left as they are.

@@ -11,7 +11,7 @@ from typing import Any
 from .. import tree
 from ..averaging import Averages, renew_batch_norm
 from ..data import preserved_order
-from ..errors import SetupError
+from ..errors import SetupError, are_numbers
 from ..events import Callback, CancelFit
 from ..learner import Learner
 from ..snapshot import preserved_random_state
@@ -29,6 +29,9 @@ class SWA(Callback):
     Args:
         start: share of the epochs before the first that counts, in [0, 1).
 
+    Attributes:
+        holds_average: whether the fit has put the mean into the model.
+
     Raises:
         SetupError: start is out of its range.
     """
@@ -38,15 +41,16 @@ class SWA(Callback):
     order = 55  # when the steps of an epoch are settled
 
     def __init__(self, start: float = 0.75):
-        if not 0 <= start < 1:
+        if not are_numbers(start) or not 0 <= start < 1:
             raise SetupError("SWA takes a share of the epochs in [0, 1).", saw=repr(start))
         self.start = start
         self._averages: Averages | None = None
+        self.holds_average = False
 
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:
         """Forget everything at the end."""
-        self._averages, self._n_averaged = None, 0
+        self._averages, self._n_averaged, self.holds_average = None, 0, False
         try:
             yield
         finally:
@@ -74,7 +78,7 @@ class SWA(Callback):
         if self._averages is None:
             return
         self._averages.put_into(learn.model)
-        self._averages = None
+        self._averages, self.holds_average = None, True
         training, learn.training = learn.training, False
         try:
             with preserved_random_state(), preserved_order(learn.data.train):

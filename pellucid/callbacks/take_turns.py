@@ -23,9 +23,10 @@ class TakeTurns(Callback):
         TakeTurns({"critic": 5, "generator": 1}, batch=gan_batch)
 
     Who waits is frozen: no gradient is computed for it, no step and no weight decay touch it, not a
-    bit changes. What is in no part is trained always; a part that is frozen anyway has no turn. The
-    turn follows from the number of steps taken, so accumulated batches belong to one turn;
-    validation is in the first part's.
+    bit of its parameters changes. (Batch norm's statistics follow every forward pass, also of who
+    waits.) What is in no part is trained always; a part that is frozen anyway has no turn. The turn
+    follows from the number of steps taken, so accumulated batches belong to one turn; validation is
+    in the first part's.
 
     Args:
         turns: steps in a row, by the part's name in the model.
@@ -55,9 +56,12 @@ class TakeTurns(Callback):
         batch: Callable[[nn.Module, Any, str], tuple[Any, Any]] | None = None,
         opt_funcs: Mapping[str, Callable[..., Optimizer]] | None = None,
     ):
-        if len(turns) < 2 or min(turns.values()) < 1:
+        given = isinstance(turns, Mapping) and len(turns) > 1
+        if not given or any(not isinstance(n, int) or n < 1 for n in turns.values()):
             raise SetupError(
-                "Two parts or more take turns, each of 1 step or more.", saw=f"{turns}"
+                "Two parts or more take turns, each of 1 step or more.",
+                saw=f"{turns}",
+                do='TakeTurns({"critic": 5, "generator": 1})',
             )
         if opt_funcs is not None and set(opt_funcs) != set(turns):
             saw = f"turns of {list(turns)}, optimisers for {list(opt_funcs)}"

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..errors import SetupError
 from ..events import Callback
-from ..freezing import freeze_to, unfreeze
+from ..freezing import freeze_to, frozen, unfreeze
 from ..learner import Learner
 from ..roles import stages
 
@@ -31,7 +31,7 @@ class Unfreeze(Callback):
     decides = "when layers are unfrozen"
 
     def __init__(self, every: int = 1):
-        if not isinstance(every, int) or every < 1:
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise SetupError("Unfreeze takes a number of epochs, 1 or more.", saw=repr(every))
         self.every = every
 
@@ -40,12 +40,11 @@ class Unfreeze(Callback):
         """Check that the stages are this callback's, and free all at the end."""
         if not isinstance(learn.model, nn.Module):
             raise SetupError("Unfreeze needs a torch module.", saw=type(learn.model).__name__)
-        params = learn.model.named_parameters()
-        frozen = [name for name, param in params if not param.requires_grad]
-        if frozen:
+        held = frozen(learn.model)
+        if held:
             raise SetupError(
                 "Unfreeze freezes by itself, and would let go what is frozen already.",
-                saw=", ".join(frozen[:4]),
+                saw=", ".join(held[:4]),
                 do="call unfreeze(learn.model) and learn.reset_optimizer() first.",
             )
         if len(stages(learn.model)) < 2:

@@ -22,8 +22,9 @@ from .datasets import ArrayDataset
 from .decoded import DecodedImages
 from .folder import Labels, Splitting, read_folder
 from .folder_report import FolderReport
+from .functions import Functions, Transform
 from .loader import Loader, first, length, preserved_order
-from .transforms import Normalize, PerSample, Transform, Transforms
+from .transforms import Normalize, PerSample
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,8 +52,8 @@ class DataLoaders:
         transforms, augment: lists, to be changed or replaced; one function alone is made a list.
     """
 
-    transforms = Transforms()
-    augment = Transforms()
+    transforms = Functions()
+    augment = Functions()
 
     def __init__(
         self,

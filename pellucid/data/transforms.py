@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,30 +11,7 @@ from torch import Tensor
 
 from ..errors import SetupError
 
-Transform = Callable[..., Any]
-
 _SLICE = 2**22  # values that are float64 at a time
-
-
-class Transforms:
-    """An attribute that is always a list of functions for batches, though one alone be given."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, holder: Any, owner: type | None = None) -> Any:
-        return self if holder is None else holder.__dict__[self.name]
-
-    def __set__(self, holder: Any, given: Transform | Iterable[Transform]) -> None:
-        parts = [given] if callable(given) or not isinstance(given, Iterable) else list(given)
-        for part in parts:
-            if not callable(part):
-                raise SetupError(
-                    f"`{self.name}` takes a function of a batch of inputs, or a list of such.",
-                    saw=f"{self.name} = {given!r}",
-                    do=f"{self.name} = [] for none.",
-                )
-        holder.__dict__[self.name] = parts
 
 
 class Normalize:

@@ -1,0 +1,31 @@
+"""An attribute that holds functions for batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ..errors import SetupError
+
+Transform = Callable[..., Any]
+
+
+class Functions:
+    """An attribute that is always a list of functions for batches, though one alone be given."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, holder: Any, owner: type | None = None) -> Any:
+        return self if holder is None else holder.__dict__[self.name]
+
+    def __set__(self, holder: Any, given: Transform | Iterable[Transform]) -> None:
+        parts = [given] if callable(given) or not isinstance(given, Iterable) else list(given)
+        for part in parts:
+            if not callable(part):
+                raise SetupError(
+                    f"`{self.name}` takes a function of a batch of inputs, or a list of such.",
+                    saw=f"{self.name} = {given!r}",
+                    do=f"{self.name} = [] for none.",
+                )
+        holder.__dict__[self.name] = parts
