@@ -14,6 +14,7 @@ from torch import Tensor
 from . import tree
 from .binding import bind
 from .data import ArrayDataset, Loader, preserved_order
+from .data.sliced import whole
 from .errors import SetupError
 from .events import Callback, CancelBatch, in_order
 from .record import Record
@@ -61,6 +62,7 @@ def predict(learn: Learner, items: Tensor | np.ndarray | Iterable[Any]) -> Any:
     """Do what `Learner.predict` says: a validation pass that goes no further than predictions."""
     if isinstance(items, (Tensor, np.ndarray)):
         items = Loader(ArrayDataset(items), learn.data.batch_size or 64)
+    items = whole(items)  # predictions of a part would be taken for those of all
     keep = _KeepPredictions()
     with _looking(learn, items, keep), torch.no_grad():
         learn.one_pass("validate", items)

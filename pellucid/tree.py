@@ -12,14 +12,21 @@ from torch import Tensor
 from .errors import DataError
 
 
-def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
-    """Apply `fn` to every leaf and rebuild the same structure (named tuples included)."""
+def map_leaves(
+    fn: Callable[[Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> Any:
+    """Apply `fn` to every leaf and rebuild the same structure (named tuples included).
+
+    `is_leaf` names tuples, lists and dicts that are leaves too.
+    """
+    if is_leaf is not None and is_leaf(tree):
+        return fn(tree)
     if isinstance(tree, dict):
-        return type(tree)((key, map_leaves(fn, value)) for key, value in tree.items())
+        return type(tree)((key, map_leaves(fn, value, is_leaf)) for key, value in tree.items())
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_leaves(fn, value) for value in tree))
+        return type(tree)(*(map_leaves(fn, value, is_leaf) for value in tree))
     if isinstance(tree, (tuple, list)):
-        return type(tree)(map_leaves(fn, value) for value in tree)
+        return type(tree)(map_leaves(fn, value, is_leaf) for value in tree)
     return fn(tree)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from itertools import chain
 from typing import Any, NamedTuple
+from zlib import crc32
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
@@ -60,7 +61,8 @@ class SlicedLoader(Loader):
 
     Attributes:
         share: of the batch given last, None after the pass.
-        mark: see `SlicedBatches`; 0, since these batches cannot differ.
+        mark: see `SlicedBatches`; here a number made of what decides the order of the items. What
+            lies in a data set is not compared.
     """
 
     def __init__(self, loader: Loader, rank: int, world: int):
@@ -72,6 +74,8 @@ class SlicedLoader(Loader):
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """Give this rank's part of the batches of one epoch from the `start`-th on."""
         n = min(len(self.dataset), len(self) * self.batch_size)
+        order = (self.seed, epoch) if self.shuffle else ()
+        self.mark = float(crc32(repr((len(self.dataset), *order)).encode()))
         try:
             for number, batch in enumerate(super().batches(epoch, start), start):
                 n_whole = min(self.batch_size, n - number * self.batch_size)
@@ -85,6 +89,12 @@ class SlicedLoader(Loader):
         finally:
             self.share = None
 
+    def whole(self) -> Loader:
+        """Return a loader of the whole batches, whose next pass is the one that is next here."""
+        loader = copy.copy(self._whole)
+        loader.epoch, loader.batch_size = self.epoch, self.batch_size
+        return loader
+
     def _made(self, epoch: int, start: int, order: Tensor) -> Iterable[Any]:
         parts = [
             items[Share(len(items), self._rank, self._world).taken]
@@ -95,6 +105,10 @@ class SlicedLoader(Loader):
         return loader._made(epoch, start, torch.cat([order[:0], *parts]))
 
 
+_ENDED = object()
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 class SlicedBatches:
     """One rank's part of each batch of any iterable; every rank loads the whole batches.
 
@@ -102,11 +116,13 @@ class SlicedBatches:
         batches: the same in every process, see `same_random`.
         rank: of this process.
         world: how many there are.
-        same_random: a context manager in which a pass begins, that the order may be drawn alike.
+        same_random: a context manager in which batches are made, that order and items may be drawn
+            alike.
 
     Attributes:
         share: of the batch given last, None after the pass.
-        mark: the sum of the whole batch's last integers, most often its labels.
+        mark: of the whole batch given last, a number that another batch hardly has: a sum over its
+            last tensor, most often its labels.
     """
 
     def __init__(
@@ -131,13 +147,15 @@ class SlicedBatches:
     def __iter__(self) -> Iterator[Any]:
         with self._same_random():
             batches = iter(self.batches)
-            began = [batch for _, batch in zip(range(1), batches, strict=False)]  # draws the order
         try:
-            for batch in chain(began, batches):
-                self.share = share = Share(n_items(batch), self._rank, self._world)
-                integers = [leaf for leaf in leaves(batch) if _counts(leaf)]
-                self.mark = float(integers[-1].sum()) if integers else 0.0
-                yield map_leaves(lambda leaf, share=share: _cut(leaf, share), batch)
+            while True:
+                with self._same_random():
+                    batch = next(batches, _ENDED)
+                if batch is _ENDED:
+                    return
+                self.share = Share(n_items(batch), self._rank, self._world)
+                self.mark = _mark(batch)
+                yield _cut(batch, self.share)
         finally:
             self.share = None
 
@@ -156,10 +174,43 @@ def sliced(
     return SlicedBatches(loader, rank, world, same_random)
 
 
-def _counts(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.dtype in (torch.int32, torch.int64)
+def whole(loader: Any) -> Any:
+    """Return the loader of whole batches behind one rank's part; any other, as it is."""
+    if isinstance(loader, SlicedLoader):
+        return loader.whole()
+    return loader.batches if isinstance(loader, SlicedBatches) else loader
 
 
-def _cut(leaf: Any, share: Share) -> Any:
-    cuts = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == share.n_whole
-    return leaf[share.taken] if cuts else leaf
+def _mark(batch: Any) -> float:
+    """Return a sum over the last tensor that can be summed without waiting, or is of integers.
+
+    Floats are summed as the integers that their bits are: so the sum does not depend on the order
+    of the additions, which is another with another number of threads, and none is NaN.
+    """
+    for leaf in reversed(leaves(batch)):
+        if _can_be_summed(leaf):
+            return float(leaf.detach().view(_INTEGERS[leaf.itemsize]).sum())
+    return 0.0
+
+
+def _can_be_summed(leaf: Any) -> bool:
+    if not isinstance(leaf, Tensor) or not leaf.ndim or leaf.layout != torch.strided:
+        return False
+    if leaf.is_complex():
+        return False
+    return leaf.is_cpu or leaf.dtype in (torch.int32, torch.int64)  # elsewhere the host waits
+
+
+def _cut(batch: Any, share: Share) -> Any:
+    """Return the share of each tensor and array, and of each list of strings, one an item."""
+
+    def is_column(part: Any) -> bool:
+        is_list = type(part) in (list, tuple) and len(part) == share.n_whole
+        return is_list and all(isinstance(item, str | bytes) for item in part)
+
+    def cut(leaf: Any) -> Any:
+        is_array = isinstance(leaf, Tensor | np.ndarray) and leaf.ndim
+        has_items = (is_array and len(leaf) == share.n_whole) or is_column(leaf)
+        return leaf[share.taken] if has_items else leaf
+
+    return map_leaves(cut, batch, is_column)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data import preserved_order
+from ..data.sliced import whole
 from ..data.transforms import PerSample
 from ..errors import SetupError
 from ..metrics import MetricObject, accuracy
@@ -69,7 +70,7 @@ def tta(learn: Learner, n_views: int = 6, loader: Iterable[Any] | None = None) -
     Raises:
         SetupError: the data declare no augmentation that makes views, or have no validation part.
     """
-    loader = learn.data.valid if loader is None else loader
+    loader = whole(learn.data.valid if loader is None else loader)
     if loader is None:
         raise SetupError("There are no validation data.", do="tta(learn, loader=loader)")
     kept, found = learn.data, []
