@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .data.sliced import Share
 from .errors import SetupError
-from .tree import describe, map_leaves
+from .tree import describe, leaves, map_leaves
 
 _GROUPS = count()
 _STORES: list[dist.Store] = []
@@ -184,6 +184,22 @@ def whole_loss(
     factor = (world_size() * weight / n).to(loss.dtype)
     whole = _Whole.apply(loss, (total / n).to(loss.dtype), factor)
     return whole, (table[:, 2:] != given).any()
+
+
+def stop_where_empty(preds: Any, weight: float | Tensor) -> None:
+    """Let no gradient go back through predictions whose loss has a weight of 0.
+
+    A loss that divides by its own weight, the number of tokens for instance, has NaN for its
+    gradient there, and 0 times NaN is NaN.
+
+    Args:
+        preds: what the loss was computed from, nested as they may be.
+        weight: as for `whole_loss`.
+    """
+    for leaf in leaves(preds):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            counts = torch.as_tensor(weight).to(leaf.device, non_blocking=True) > 0
+            leaf.register_hook(lambda grad, counts=counts: torch.where(counts, grad, 0))
 
 
 def gathered(batch: Any, share: Share) -> Any:

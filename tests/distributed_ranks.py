@@ -58,6 +58,7 @@ from pellucid.gan import GAN, gan_batch, wasserstein
 from pellucid.metrics import MacroF1, accuracy
 from pellucid.muon import Muon
 from pellucid.roles import ByRole
+from pellucid.vision import tta
 
 TIMEOUT = 60.0
 """Seconds; this machine may be busy."""
@@ -379,6 +380,38 @@ def looks():
     return found
 
 
+class Predicting(Callback):
+    """Predict the sliced data from within the fit."""
+
+    def __init__(self):
+        self.sizes, self.values = [], []
+
+    def after_epoch(self, learn):
+        for preds in (learn.predict(learn.data.valid), tta(learn, 2).preds):
+            in_order = preds * torch.arange(len(preds))[:, None]
+            self.sizes.append(len(preds))
+            self.values.append(in_order.sum().item())
+
+
+@check
+def predictions_in_a_fit():
+    def lists():
+        return DataLoaders(*(list(loader) for loader in (arrays()().train, arrays()().valid)))
+
+    found = {}
+    for name, mode, make in (
+        ("Loader", "ddp", arrays()), ("list", "ddp", lists), ("Loader, fsdp", "fsdp", arrays()),
+    ):  # fmt: skip
+        both, predicting = twins(mode, make, metrics=()), (Predicting(), Predicting())
+        for one, callback in zip(both, predicting, strict=True):
+            one.data.augment = [torch.neg]
+            one.loss_func = F.cross_entropy
+            one.fit(2, callbacks=[callback])
+        values = difference(*(callback.values for callback in predicting))
+        found[name] = {"sizes": predicting[0].sizes, "values": values}
+    return found
+
+
 def difference(ours, theirs):
     return (torch.tensor(ours) - torch.tensor(theirs)).abs().max().item()
 
@@ -451,6 +484,44 @@ def other_loaders():
         lone.fit(3)
         found[name] = apart(ours, lone)
     return found
+
+
+class Noisy(TensorDataset):
+    """Targets that are drawn when they are asked for."""
+
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return x, y + torch.randn(3)
+
+
+@check
+def noise_in_items():
+    x, _ = items(50)
+
+    def make():
+        return DataLoaders(DataLoader(Noisy(x, x[:, :3]), 8, shuffle=True))
+
+    ours, lone = twins("ddp", make, loss_func=F.mse_loss, metrics=())
+    for one, seed in ((ours, 100 + RANK), (lone, 100)):
+        torch.manual_seed(seed)
+        one.fit(3)
+    return apart(ours, lone)
+
+
+def named_loss(preds, targets, names):
+    assert len(preds) == len(targets) == len(names), f"{len(preds)} {len(targets)} {names}"
+    return F.cross_entropy(preds, torch.from_numpy(targets)) + 0 * sum(map(int, names))
+
+
+@check
+def arrays_and_names():
+    x, y = items(47)
+    names = list(map(str, range(47)))
+    batches = [(x[i : i + 8], y[i : i + 8].numpy(), names[i : i + 8]) for i in range(0, 47, 8)]
+    ours, lone = twins("ddp", lambda: DataLoaders(batches), loss_func=named_loss, metrics=())
+    for one in (ours, lone):
+        one.fit(2)
+    return apart(ours, lone)
 
 
 class Asked:
@@ -529,15 +600,62 @@ def weighed():
     return found
 
 
+def weighted_loss(preds, targets, weights):
+    return (F.cross_entropy(preds, targets, reduction="none") * weights).sum() / weights.sum()
+
+
+@check
+def nothing_counts_in_a_part():
+    """One rank's part of two batches has a loss of 0/0."""
+    x, y = items(40)
+    weights = torch.ones(40)
+    weights[4:8] = weights[16:20] = 0
+    many = Distributed("ddp", TIMEOUT, lambda learn: learn.y[1].sum())
+    ours, lone = (
+        learner(
+            DataLoaders(batches_of(x, y, weights)), as_on_rank_0(mlp), *callbacks,
+            loss_func=weighted_loss, metrics=(),
+        )
+        for callbacks in ([many], [])
+    )  # fmt: skip
+    for one in (ours, lone):
+        one.fit(2)
+    return apart(ours, lone)
+
+
+def batches_of(*columns):
+    return list(zip(*(column.split(8) for column in columns), strict=True))
+
+
 @check
 def different_batches():
     x, y = items(50)
     n = 40 if RANK else 50
-    batches = list(zip(x[:n].split(8), y[:n].split(8), strict=True))
-    ours = learner(DataLoaders(Unsized(batches), classes=3), mlp(), Distributed("ddp", 10.0))
+    floats = x + RANK
+    found = {}
+    for name, batches, loss_func in (
+        ("number", Unsized(batches_of(x[:n], y[:n])), F.cross_entropy),
+        ("order", Loader(TensorDataset(x, y), 8, shuffle=True, seed=RANK), F.cross_entropy),
+        ("floats", batches_of(x, floats[:, :3]), F.mse_loss),
+        ("bytes", batches_of(x, (y + RANK).byte()), lambda preds, y: preds.mean() + y.sum()),
+    ):
+        many = Distributed("ddp", 10.0)
+        ours = learner(DataLoaders(batches), mlp(), many, loss_func=loss_func, metrics=())
+        try:
+            ours.fit(1)
+            found[name] = ""
+        except DataError as error:
+            found[name] = str(error)
+    return found
+
+
+@check
+def lazy_layers():
+    model = nn.Sequential(nn.ReLU(), nn.LazyLinear(3))
+    ours = learner(arrays()(), model, Distributed("ddp", TIMEOUT))
     try:
         ours.fit(1)
-    except DataError as error:
+    except SetupError as error:
         return {"text": str(error)}
     return {"text": ""}
 

@@ -13,6 +13,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -131,6 +132,10 @@ def test_any_loader_is_cut_and_a_shuffled_one_draws_as_rank_0_would_alone(loader
     assert_as_one([of_rank["other_loaders"][loader] for of_rank in two[0]])
 
 
+def test_items_of_any_loader_may_draw_as_rank_0_would_alone(two):
+    assert_as_one([of_rank["noise_in_items"] for of_rank in two[0]])
+
+
 def test_a_loss_may_be_the_mean_over_tokens(two):
     for of_ranks in zip(*(of_rank["weighed"].values() for of_rank in two[0]), strict=True):
         assert_as_one(list(of_ranks))
@@ -154,7 +159,23 @@ def test_a_loader_that_trains_and_validates_counts_its_passes_together(two):
 
 def test_different_batches_are_refused_in_every_process(two):
     for of_rank in two[0]:
-        assert "were given different batches" in of_rank["different_batches"]["text"]
+        assert len(of_rank["different_batches"]) == 4
+        for text in of_rank["different_batches"].values():
+            assert "were given different batches" in text
+
+
+def test_what_is_no_tensor_is_cut_too(two):
+    assert_as_one([of_rank["arrays_and_names"] for of_rank in two[0]])
+
+
+def test_a_part_of_weight_0_may_have_a_loss_of_0_by_0(two):
+    assert_as_one([of_rank["nothing_counts_in_a_part"] for of_rank in two[0]])
+
+
+def test_lazy_layers_are_refused_by_name(two):
+    for of_rank in two[0]:
+        assert "Lazy layers" in of_rank["lazy_layers"]["text"]
+        assert "saw: 1.weight, 1.bias" in of_rank["lazy_layers"]["text"]
 
 
 def test_a_loss_that_is_no_number_is_found_by_all(two):
@@ -267,6 +288,14 @@ def test_looks_in_and_after_a_fit_see_what_one_process_sees(two):
         assert of_rank["looks"]["search"]
 
 
+@pytest.mark.parametrize("loader", ["Loader", "list", "Loader, fsdp"])
+def test_predictions_in_a_fit_are_those_of_all_items(loader, two):
+    for of_rank in two[0]:
+        found = of_rank["predictions_in_a_fit"][loader]
+        assert found["sizes"] == [9, 9] * 2
+        assert found["values"] <= 1e-5
+
+
 @pytest.mark.parametrize("world", ["two", "three"])
 def test_rank_0_alone_prints_and_writes(world, request):
     found, printed = request.getfixturevalue(world)
@@ -319,6 +348,10 @@ def test_slips_are_told(data, model, monkeypatch):
         Distributed("fsdp2")
     with pytest.raises(SetupError, match="above 0"):
         Distributed("ddp", timeout=0)
+    with pytest.raises(SetupError, match="above 0"):
+        Distributed("ddp", "a")
+    with pytest.raises(UnknownName, match="knows no mode 2"):
+        Distributed(2)
     dataset = TensorDataset(torch.zeros(4, 2))
     own = DataLoader(dataset, sampler=DistributedSampler(dataset, 2, 0))
     with pytest.raises(SetupError, match="a part of its part"):
@@ -425,6 +458,63 @@ def test_a_part_is_a_loader_like_the_whole():
     assert sliced(part, 1, 2, nullcontext) is part
     part.batch_size = 11  # callbacks.BatchSize does so
     assert [len(batch[1]) for batch in part] == [5, 5]
+
+
+def test_the_mark_of_a_loader_is_of_what_decides_the_order():
+    def mark(n=20, epoch=0, **settings):
+        part = sliced(Loader(ArrayDataset(torch.zeros(n)), 5, **settings), 0, 2, nullcontext)
+        part.epoch = epoch
+        return next((part.mark for _ in part), None)
+
+    settings = [
+        {}, {"shuffle": True}, {"n": 19}, {"shuffle": True, "seed": 1},
+        {"shuffle": True, "epoch": 1}, {"shuffle": True, "seed": 2**70},
+    ]  # fmt: skip
+    marks = [mark(**each) for each in settings]
+    assert len(set(marks)) == len(marks) and marks == [mark(**each) for each in settings]
+    assert mark(epoch=1, seed=1) == mark()  # in order, whoever looked at them before
+    assert max(marks) < 2**53
+
+
+@pytest.mark.parametrize("dtype", [
+    torch.uint8, torch.bool, torch.int16, torch.int64, torch.bfloat16, torch.float32, torch.float64,
+])  # fmt: skip
+def test_the_mark_of_a_batch_is_of_its_last_tensor(dtype):
+    def marks(*batches):
+        view = sliced([(torch.rand(len(batch)), batch) for batch in batches], 0, 2, nullcontext)
+        return [view.mark for _ in view]
+
+    one = torch.tensor([0, 1, 0, 1, 0, 1], dtype=dtype)
+    other = torch.tensor([0, 1, 1, 1, 0, 1], dtype=dtype)
+    first, second, again = marks(one, other, one.view(2, 3).T)  # not contiguous
+    assert first != second and first == again
+    if dtype.is_floating_point:
+        assert len(set(marks(one / 0, one / 0))) == 1  # NaN too is the same number
+
+
+def test_the_mark_does_not_depend_on_the_number_of_threads():
+    batch, marks, before = [torch.randn(400_000)], set(), torch.get_num_threads()
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        view = sliced([batch], 0, 2, nullcontext)
+        marks |= {view.mark for _ in view}
+    torch.set_num_threads(before)
+    assert len(marks) == 1
+
+
+@pytest.mark.parametrize("names", [list("abcde"), tuple("abcde"), [b"a"] * 5])
+def test_arrays_and_lists_of_strings_are_cut_and_other_lists_are_not(names):
+    batch = {
+        "x": torch.arange(5),
+        "y": np.arange(5),
+        "names": names,
+        "few": ["a", "b"],
+        "s": "abcde",
+    }
+    [[first], [second]] = [sliced([batch], number, 2, nullcontext) for number in range(2)]
+    assert (first["names"], second["names"]) == (names[:3], names[3:])
+    assert (first["y"].tolist(), second["y"].tolist()) == ([0, 1, 2], [3, 4])
+    assert (first["few"], first["s"]) == (["a", "b"], "abcde")
 
 
 def test_blocks_are_the_members_of_the_outermost_containers():

@@ -7,11 +7,14 @@ import os
 import re
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS
 
 from .. import tree
@@ -24,6 +27,7 @@ from ..distributed import (
     process_group,
     random_apart,
     rank,
+    stop_where_empty,
     take_from_first,
     whole_loss,
     world_size,
@@ -72,10 +76,12 @@ class Distributed(Callback):
         timeout: seconds that a process waits for the others.
         weigh: what the loss of a part is the mean over, as in `Accumulate`; None for the number of
             items. For a language model that skips padding: `lambda learn: (learn.y != -100).sum()`.
+            A part of weight 0 does not count, whatever its loss.
 
     Raises:
-        SetupError: no such mode; in the fit: a model that is not torch's, an optimiser that
-            evaluates batches itself (LBFGS), or more processes than GPUs.
+        SetupError: no such mode; in the fit: a model that is not torch's or has lazy layers
+            without a shape, an optimiser that evaluates batches itself (LBFGS), or more processes
+            than GPUs.
         DataError: the processes are given different batches.
     """
 
@@ -91,9 +97,9 @@ class Distributed(Callback):
     ):
         if mode not in ("ddp", "fsdp"):
             raise UnknownName(
-                f"Distributed knows no mode {mode!r}.", do=did_you_mean(mode, ["ddp", "fsdp"])
+                f"Distributed knows no mode {mode!r}.", do=did_you_mean(str(mode), ["ddp", "fsdp"])
             )
-        if not timeout > 0:
+        if not isinstance(timeout, Real) or not timeout > 0:
             raise SetupError("A timeout is a number of seconds above 0.", saw=repr(timeout))
         self.mode, self.timeout, self.weigh = mode, timeout, weigh
         self._engine: Replicas | Shards | None = None
@@ -151,7 +157,10 @@ class Distributed(Callback):
         if self._share is None or not isinstance(learn.loss, Tensor) or learn.loss.ndim:
             return
         share, self._share = self._share, None
-        weight = self.weigh(learn) if self.weigh and share.n_own else share.n_own
+        weight: float | Tensor = share.n_own
+        if self.weigh and share.n_own:
+            weight = self.weigh(learn)
+            stop_where_empty(learn.preds, weight)
         facts = (learn.training, learn.batch_index, share.n_whole, self._mark)
         learn.loss, apart = whole_loss(learn.loss, weight, facts)
         self._compare(apart)
@@ -197,7 +206,8 @@ class Distributed(Callback):
         if self._apart is not None and self._apart:
             raise DataError(
                 "The processes were given different batches.",
-                saw=f"rank {rank()} has another number of batches or items, or other targets",
+                saw=f"rank {rank()} has another number of batches or items, another order of them, "
+                "or other targets",
                 do="let every process make the same loader, with the same seed.",
             )
 
@@ -209,6 +219,14 @@ def _check(learn: Learner) -> None:
     if not isinstance(learn.model, nn.Module):
         raise SetupError(
             "Only torch modules train in many processes.", saw=type(learn.model).__name__
+        )
+    named = chain(learn.model.named_parameters(), learn.model.named_buffers())
+    lazy = [name for name, tensor in named if is_lazy(tensor)]
+    if lazy:
+        raise SetupError(
+            "Lazy layers have no weights that processes could begin with alike.",
+            saw=", ".join(lazy),
+            do="call the model with a batch before the fit: model(data.one_batch()[0]).",
         )
     if isinstance(learn.opt, LBFGS):
         raise SetupError("LBFGS evaluates a batch several times, which processes cannot share.")
