@@ -35,7 +35,7 @@ def accuracy(preds: Tensor, targets: Tensor) -> Tensor:
     """Return the share of items whose highest prediction is the right class.
 
     Args:
-        preds: (n, classes) or (n, classes, ...), logits or probabilities.
+        preds: (n, classes) or (n, classes, ...), logits or probabilities; two classes or more.
         targets: (n) or (n, ...), the class of each item as an integer.
 
     Returns:
@@ -43,7 +43,15 @@ def accuracy(preds: Tensor, targets: Tensor) -> Tensor:
 
     Raises:
         DataError: the shapes do not fit; comparing them anyway would stretch one along the other.
+            Or there is one output, of which the highest is always the first.
     """
+    if preds.ndim > 1 and preds.shape[1] == 1:
+        raise DataError(
+            "accuracy compares the outputs of an item, and there is one alone.",
+            saw=f"predictions {describe(preds)}, targets {describe(targets)}",
+            do="for two classes by one logit write a metric: "
+            "def hits(preds, targets): return ((preds > 0) == targets).float().mean()",
+        )
     guesses = preds.argmax(1) if preds.ndim > 1 else preds
     if guesses.shape != targets.shape or preds.ndim < 2:
         raise DataError(
@@ -70,7 +78,18 @@ class MacroF1:
         self.counts: Tensor | None = None  # int64 (c, c), rows the truth, columns the guess
 
     def update(self, preds: Tensor, targets: Tensor) -> None:
-        """Take in predictions (n, c) and integer targets (n)."""
+        """Take in predictions (n, c) and integer targets (n).
+
+        Raises:
+            DataError: they have other shapes.
+        """
+        if preds.shape != (*targets.shape, self.n_classes) or targets.ndim != 1:
+            raise DataError(
+                f"{self!r} compares predictions (n, {self.n_classes}) with targets (n).",
+                saw=f"predictions {describe(preds)}, targets {describe(targets)}",
+                do="give it the number of the model's outputs, and each item its class as an "
+                "integer.",
+            )
         pairs = targets * self.n_classes + preds.argmax(1)
         counts = pairs.new_zeros(
             self.n_classes**2

@@ -14,7 +14,7 @@ from pellucid.errors import DataError, SetupError
 from pellucid.metrics import MacroF1, MetricObject, accuracy, named
 
 
-@given(n=st.integers(1, 200), classes=st.integers(1, 12), seed=st.integers(0, 99))
+@given(n=st.integers(1, 200), classes=st.integers(2, 12), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=60)
 def test_accuracy_equals_numpy(n, classes, seed):
     source = np.random.default_rng(seed)
@@ -49,6 +49,30 @@ def test_accuracy_of_images_counts_pixels():
 def test_shapes_that_would_be_stretched_are_an_error(preds, targets):
     with pytest.raises(DataError, match=r"accuracy compares predictions \(n, classes\)"):
         accuracy(preds, targets)
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 1)])
+def test_the_accuracy_of_one_output_is_refused_with_what_to_write(shape):
+    with pytest.raises(DataError, match="there is one alone") as caught:
+        accuracy(torch.randn(8, 1), torch.ones(shape, dtype=torch.long))
+    written: dict = {"accuracy": None}
+    exec(str(caught.value).split("write a metric: ")[1], written)
+    assert written["hits"](tensor([[2.0], [-1.0]]), tensor([[1], [1]])) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("preds", "targets"),
+    [
+        (torch.zeros(8, 5), torch.zeros(8, dtype=torch.long)),
+        (torch.zeros(8, 2), torch.zeros(8, dtype=torch.long)),
+        (torch.zeros(8, 3), torch.zeros(8, 1, dtype=torch.long)),
+        (torch.zeros(8, 3, 2), torch.zeros(8, 2, dtype=torch.long)),
+        (torch.zeros(8), torch.zeros(8, dtype=torch.long)),
+    ],
+)
+def test_macro_f1_of_other_shapes_is_refused(preds, targets):
+    with pytest.raises(DataError, match=r"MacroF1\(3\) compares predictions \(n, 3\)"):
+        MacroF1(3).update(preds, targets)
 
 
 def macro_f1_by_hand(guesses, targets, n_classes):
