@@ -54,6 +54,14 @@ def test_what_comes_out_is_white(c, size):
     assert (values.diff() <= 0).all() and len(values) == p
 
 
+@pytest.mark.parametrize("dilation", [2, (1, 3)])
+def test_what_comes_out_of_a_dilated_convolution_is_white(dilation):
+    conv, x = nn.Conv2d(3, 24, 2, dilation=dilation), images()
+    whiten(conv, x, eps=1e-9)
+    covariance = responses(conv, x)[:, :12].T.cov(correction=0)
+    torch.testing.assert_close(covariance, torch.eye(12).double(), atol=1e-4, rtol=0)
+
+
 def test_each_filter_is_an_eigenvector_over_the_root_of_its_eigenvalue():
     conv, x, eps = nn.Conv2d(3, 24, 2, bias=False), images(), 0.05
     values = whiten(conv, x, eps)
@@ -111,7 +119,8 @@ def test_a_convolution_that_cannot_is_told_what_would(conv):
 @pytest.mark.parametrize(
     "x",
     [torch.rand(4, 1, 6, 6), torch.rand(4, 3), torch.full((4, 3, 6, 6), torch.nan),
-     torch.zeros(4, 3, 6, 6, dtype=torch.uint8)],
+     torch.zeros(4, 3, 6, 6, dtype=torch.uint8), torch.rand(0, 3, 6, 6), torch.rand(4, 3, 6, 1),
+     torch.rand(4, 3, 1, 6)],
 )  # fmt: skip
 def test_images_that_do_not_fit_are_refused(x):
     conv = nn.Conv2d(3, 24, 2)
@@ -119,6 +128,11 @@ def test_images_that_do_not_fit_are_refused(x):
     with pytest.raises(DataError, match="Whitening takes"):
         whiten(conv, x)
     assert torch.equal(conv.weight, before) and conv.weight.requires_grad
+
+
+def test_a_dilated_patch_must_fit_into_the_images():
+    with pytest.raises(DataError, match="of 1×5 pixels or more"):
+        whiten(nn.Conv2d(3, 12, (1, 2), dilation=(1, 4)), torch.rand(4, 3, 6, 4))
 
 
 # ── identity ──────────────────────────────────────────────────────────────────────────────────

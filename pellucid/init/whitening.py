@@ -36,22 +36,24 @@ def whiten(conv: nn.Conv2d, x: Tensor, eps: float = 5e-4) -> Tensor:
 
     Raises:
         SetupError: the convolution has groups, an odd number of filters or too many.
-        DataError: the images do not fit it, or are not finite.
+        DataError: the images do not fit it, are not finite, or there are none.
     """
-    c, (kh, kw) = conv.in_channels, conv.kernel_size
+    c, (kh, kw), (dh, dw) = conv.in_channels, conv.kernel_size, conv.dilation
     if conv.groups != 1 or conv.out_channels % 2 or conv.out_channels > 2 * c * kh * kw:
         raise SetupError(
             "Whitening needs an even number of filters, twice the size of a patch at most.",
             saw=repr(conv),
             do=f"nn.Conv2d({c}, {2 * c * kh * kw}, ({kh}, {kw}))",
         )
-    if x.ndim != 4 or x.shape[1] != c or not x.is_floating_point() or not x.isfinite().all():
+    h, w = (kh - 1) * dh + 1, (kw - 1) * dw + 1  # the pixels from a patch's first to its last
+    fits = x.ndim == 4 and len(x) and x.shape[1] == c and x.shape[2] >= h and x.shape[3] >= w
+    if not fits or not x.is_floating_point() or not x.isfinite().all():
         raise DataError(
-            f"Whitening takes finite images (n, {c}, h, w) of floats.",
+            f"Whitening takes finite images (n, {c}, h, w) of floats, of {h}×{w} pixels or more.",
             saw=describe(x),
             do="give them as the model gets them: data.one_batch()[0].",
         )
-    mean, covariance = patch_moments(x, (kh, kw))
+    mean, covariance = patch_moments(x, (kh, kw), (dh, dw))
     values, vectors = torch.linalg.eigh(covariance)  # ascending, vectors in columns
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1).T
     rows = vectors[torch.arange(len(vectors)), vectors.abs().argmax(1)].sign()[:, None] * vectors
@@ -65,12 +67,15 @@ def whiten(conv: nn.Conv2d, x: Tensor, eps: float = 5e-4) -> Tensor:
     return values
 
 
-def patch_moments(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def patch_moments(
+    x: Tensor, size: tuple[int, int], dilation: tuple[int, ...] = (1, 1)
+) -> tuple[Tensor, Tensor]:
     """Return mean and population covariance of all patches of images, in float64 on the CPU.
 
     Args:
         x: images (n, c, h, w).
         size: height and width of a patch, at most those of the images.
+        dilation: from one of a patch's pixels to the next, down and across.
 
     Returns:
         (p,) and (p, p) with p = c · height · width.
@@ -79,7 +84,7 @@ def patch_moments(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     total, squares = x.new_zeros(n_values).double(), x.new_zeros(n_values, n_values).double()
     count = 0
     for part in x.split(_AT_A_TIME):
-        patches = F.unfold(part.double(), size).transpose(1, 2).flatten(0, 1)
+        patches = F.unfold(part.double(), size, dilation).transpose(1, 2).flatten(0, 1)
         total, squares = total + patches.sum(0), squares + patches.T @ patches
         count += len(patches)
     mean = total / count
