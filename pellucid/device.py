@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from .errors import SetupError
+from .randomness import checked_seed
 
 
 def choose_device(device: str | torch.device = "auto") -> tuple[torch.device, str]:
@@ -51,6 +52,7 @@ def seed_everything(seed: int) -> None:
     Args:
         seed: 0 <= seed < 2**32, the range that all of them take.
     """
+    seed = checked_seed(seed)
     if not 0 <= seed < 2**32:
         raise SetupError("A seed must lie between 0 and 2**32 - 1.", saw=str(seed))
     random.seed(seed)

@@ -30,6 +30,10 @@ def checked_seed(seed: object) -> int:
         raise SetupError("A seed is a whole number.", saw=f"seed={seed!r}") from None
 
 
+def _lowest(number: int) -> int:
+    return operator.index(number) & _MASK  # first as Python's: NumPy's integers overflow
+
+
 def words(seed: int, epoch: int, n: int) -> np.ndarray:
     """Return `n` raw 64-bit words, a pure function of (seed, epoch).
 
@@ -41,7 +45,7 @@ def words(seed: int, epoch: int, n: int) -> np.ndarray:
     Returns:
         Array (n,) of uint64.
     """
-    key = np.array([seed & _MASK, epoch & _MASK], dtype=np.uint64)
+    key = np.array([_lowest(seed), _lowest(epoch)], dtype=np.uint64)
     return np.random.Philox(key=key).random_raw(n)
 
 
@@ -87,8 +91,10 @@ def uniforms(seed: int, epoch: int, items: Sequence[int] | np.ndarray, n: int) -
     blocks = -(-n // 4)
     counter = np.empty((4, len(of), blocks), dtype=np.uint64)
     counter[0], counter[1] = of & _LOW, of >> np.uint64(32)
-    counter[2], counter[3] = epoch & int(_LOW), np.arange(blocks)
-    drawn = philox4x32(counter, seed & _MASK).transpose(1, 2, 0).reshape(len(of), 4 * blocks)[:, :n]
+    counter[2], counter[3] = _lowest(epoch) & int(_LOW), np.arange(blocks)
+    drawn = (
+        philox4x32(counter, _lowest(seed)).transpose(1, 2, 0).reshape(len(of), 4 * blocks)[:, :n]
+    )
     return (drawn >> np.uint64(8)).astype(np.float32) * np.float32(2**-24)
 
 

@@ -120,6 +120,23 @@ def test_a_seed_out_of_range_is_refused(seed):
         seed_everything(seed)
 
 
+@pytest.mark.parametrize("seed", ["1", 1.5, None])
+def test_a_seed_that_is_no_whole_number_is_refused(seed):
+    with pytest.raises(SetupError, match="A seed is a whole number"):
+        seed_everything(seed)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int32, torch.tensor])
+def test_numbers_of_numpy_are_numbers(kind):
+    assert np.array_equal(permutation(kind(7), kind(3), 50), permutation(7, 3, 50))
+    assert np.array_equal(uniforms(kind(7), kind(3), [1, 2], 5), uniforms(7, 3, [1, 2], 5))
+    assert np.array_equal(words(np.int64(-7), np.int64(-1), 5), words(-7, -1, 5))
+    seed_everything(kind(7))
+    first = torch.rand(1)
+    seed_everything(7)
+    assert torch.equal(torch.rand(1), first)
+
+
 # ── draws for each item ───────────────────────────────────────────────────────────────────────
 
 KNOWN_ANSWERS = {  # kat_vectors of Random123, the authors' own library: counter, key, block
