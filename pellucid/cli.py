@@ -294,12 +294,18 @@ def _save_run(learn: Learner, trained: Trained, folder: Path) -> None:
 
 
 def _files(images: Sequence[Path]) -> list[Path]:
-    """Return the files given, and those in the folders given."""
+    """Return the files given, and those in the folders given; a folder without any is an error."""
     from .data import scan
 
     found: list[Path] = []
     for image in images:
-        found += [image / name for name in scan(image)] if image.is_dir() else [image]
+        own = [image / name for name in scan(image)] if image.is_dir() else [image]
+        if not own:
+            raise DataError(
+                f"There are no images in {image}.",
+                do="give image files, or a folder of files that end in .jpg, .png and the like.",
+            )
+        found += own
     return found
 
 

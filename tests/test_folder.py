@@ -583,6 +583,19 @@ def test_predict_names_a_broken_image_and_goes_on(images, tmp_path, monkeypatch,
     assert len(said.out.splitlines()) == 1
 
 
+def test_predict_tells_of_a_folder_without_images(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, "train", str(images), "--epochs", "1") == 0
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no image")
+    capsys.readouterr()
+    good = str(images / "valid" / "red")
+    assert command(monkeypatch, "predict", "runs/colours", good, "empty") == 1
+    said = capsys.readouterr()
+    assert "There are no images in empty." in said.err and not said.out
+    assert command(monkeypatch, "predict", "runs/colours", good) == 0
+
+
 def test_what_is_saved_may_not_lie_among_the_images(images, monkeypatch, capsys):
     monkeypatch.chdir(images)
     assert command(monkeypatch, "show", ".") == 2
