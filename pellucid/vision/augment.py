@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..data.transforms import PerSample
 from ..errors import SetupError
+from .erasing import erase
 
 _STRETCH = 4 / 3
 """The most that a crop changes the ratio of width to height, as in torchvision."""
@@ -136,11 +137,8 @@ def cutout(x: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
     Returns:
         Images like `x`; the colour of the square is the mean of each channel.
     """
-    down = torch.arange(x.shape[2], device=x.device) - rows[:, None] + side // 2
-    across = torch.arange(x.shape[3], device=x.device) - columns[:, None] + side // 2
-    inside = ((down >= 0) & (down < side))[:, None, :, None]
-    inside = inside & ((across >= 0) & (across < side))[:, None, None, :]
-    return torch.where(inside, x.mean((2, 3), keepdim=True), x)
+    sides = torch.full_like(rows, side)
+    return erase(x, rows - side // 2, columns - side // 2, sides, sides)
 
 
 class _Draws(NamedTuple):

@@ -62,8 +62,9 @@ def small_resnet(
 ) -> nn.Sequential:
     """Return a residual network for images of 8×8 to 64×64 pixels.
 
-    A convolution, then a residual block a width, each but the first halving the map
-    (He et al., 2016; the shortcut averages before it narrows, as in ResNet-D, He et al., 2019).
+    A convolution, then a residual block a width, which halves the map where the width is another
+    than the one before (He et al., 2016; the shortcut averages before it narrows, as in ResNet-D,
+    He et al., 2019).
 
     Args:
         n_channels: of the images, (n, channels, h, w).
