@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch.optim import Optimizer
 
 from .device import choose_precision
 from .errors import SetupError
+from .optim import checked_lr
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 """Coefficients of the quintic iteration, chosen for its slope at zero (Jordan et al., 2024)."""
@@ -85,11 +88,14 @@ class Muon(Optimizer):
         adjust_lr_fn: str = "match_rms_adamw",
         reset_norm: bool = False,
     ):
-        if adjust_lr_fn not in _FACTORS or not 0 <= momentum < 1 or ns_steps < 1:
+        checked_lr(lr)
+        in_range = 0 <= momentum < 1 and 0 <= weight_decay < math.inf and ns_steps >= 1
+        if adjust_lr_fn not in _FACTORS or not in_range or not isinstance(ns_steps, Integral):
             raise SetupError(
-                f"Muon needs adjust_lr_fn of {', '.join(_FACTORS)}, momentum in [0, 1), ns_steps "
-                "of 1 or more.",
-                saw=f"adjust_lr_fn {adjust_lr_fn!r}, momentum {momentum}, ns_steps {ns_steps}",
+                f"Muon needs adjust_lr_fn of {', '.join(_FACTORS)}, momentum in [0, 1), a "
+                "weight_decay of 0 or more, and 1 or more whole ns_steps.",
+                saw=f"adjust_lr_fn {adjust_lr_fn!r}, momentum {momentum}, weight_decay "
+                f"{weight_decay}, ns_steps {ns_steps}",
             )
         defaults = {
             "lr": lr,

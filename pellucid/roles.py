@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -149,7 +150,8 @@ class ByRole:
 
     Raises:
         UnknownName: there is no such role.
-        SetupError: a factor is not positive.
+        SetupError: a factor is negative, depth_decay is not in (0, 1], or something is no dict by
+            role.
     """
 
     opt_func: Callable[..., Optimizer] = AdamW
@@ -160,10 +162,19 @@ class ByRole:
     head: str | None = None
 
     def __post_init__(self) -> None:
+        by_role = (self.others, self.lr_factors)
+        if not all(given is None or isinstance(given, Mapping) for given in by_role):
+            raise SetupError(
+                "ByRole takes other optimisers, and factors, as a dict by role.",
+                saw=f"others {self.others!r}, lr_factors {self.lr_factors!r}",
+                do='ByRole(AdamW, {"matrix": Muon, "conv": Muon}, lr_factors={"head": 0.1})',
+            )
         for role in [*(self.others or {}), *self.no_decay, *(self.lr_factors or {})]:
             if role not in ROLES:
                 raise UnknownName(f"There is no role {role!r}.", do=did_you_mean(role, ROLES))
-        if not 0 < self.depth_decay <= 1 or min((self.lr_factors or {}).values(), default=1) < 0:
+        factors = [self.depth_decay, *(self.lr_factors or {}).values()]
+        numbers = all(isinstance(factor, Real) for factor in factors)
+        if not numbers or not 0 < self.depth_decay <= 1 or min(factors) < 0:
             raise SetupError(
                 "ByRole needs lr_factors of 0 or more and a depth_decay in (0, 1].",
                 saw=f"lr_factors {self.lr_factors}, depth_decay {self.depth_decay}",

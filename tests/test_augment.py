@@ -16,6 +16,7 @@ from pellucid.data.transforms import PerSample
 from pellucid.errors import SetupError
 from pellucid.randomness import uniforms
 from pellucid.vision.augment import Augment, cutout, flip_and_shift, recolour, warp
+from pellucid.vision.erasing import RandomErasing
 
 EVERYTHING = Augment(
     flip=0.5, shift=0.1, crop=0.5, rotate=20, brightness=0.3, contrast=0.3, saturation=0.3,
@@ -423,6 +424,14 @@ def test_cutout_erases_a_square_and_nothing_else():
         image[:, top:bottom, left:right] = image.mean((1, 2))[:, None, None]
     assert torch.equal(y != x, expected != x)
     assert torch.allclose(y, expected)
+
+
+@pytest.mark.parametrize("slip", [
+    {"area": 0.1}, {"area": (0.1,)}, {"area": ("0.1", "0.2")}, {"p": "1"}, {"ratio": None},
+])  # fmt: skip
+def test_slips_of_random_erasing_are_told(slip):
+    with pytest.raises(SetupError, match="two shares of the area"):
+        RandomErasing(**slip)
 
 
 @pytest.mark.parametrize("share, side", [(0.5, 10), (0.01, 1), (1.0, 20)])

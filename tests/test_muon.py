@@ -117,6 +117,12 @@ def test_what_it_cannot_take_is_refused():
         Muon(params([(2, 2)]), adjust_lr_fn="orignal")
     with pytest.raises(SetupError, match="momentum"):
         Muon(params([(2, 2)]), momentum=1.0)
+    with pytest.raises(SetupError, match="learning rate"):
+        Muon(params([(2, 2)]), lr=-1)
+    with pytest.raises(SetupError, match="weight_decay -1"):
+        Muon(params([(2, 2)]), weight_decay=-1)
+    with pytest.raises(SetupError, match=r"ns_steps 2\.5"):
+        Muon(params([(2, 2)]), ns_steps=2.5)
     with pytest.raises(ValueError, match="2D"):
         torch.optim.Muon(params([(2, 2, 3)]))  # the reason for our own
 

@@ -17,6 +17,7 @@ from pellucid import DataLoaders, Learner, foundations
 from pellucid.callbacks import Debug, OneCycle, Schedule
 from pellucid.errors import SetupError, UnknownName
 from pellucid.joint import Joint
+from pellucid.muon import Muon
 from pellucid.nn import RunningBatchNorm
 from pellucid.optim import build_optimizer, guards
 from pellucid.roles import ROLES, ByRole, roles, stages
@@ -320,11 +321,19 @@ def test_a_copied_optimiser_can_still_be_switched_off(model):
         ({"lr_factors": {"head": -2}}, SetupError),
         ({"depth_decay": 0}, SetupError),
         ({"depth_decay": 1.5}, SetupError),
+        ({"depth_decay": "0.5"}, SetupError),
+        ({"lr_factors": {"head": "2"}}, SetupError),
+        ({"lr_factors": 2}, SetupError),
+        ({"others": Muon}, SetupError),
     ],
 )
 def test_slips_are_refused(settings, error):
     with pytest.raises(error):
         ByRole(**settings)
+
+
+def test_a_factor_of_0_is_none_of_them():
+    ByRole(lr_factors={"embedding": 0})
 
 
 def test_joint_takes_torchs_optimisers_but_lbfgs(model):

@@ -1,6 +1,9 @@
 """Random erasing: a rectangle of each image painted over."""
 
 import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +33,13 @@ def erase(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -
     return torch.where(inside, x.mean((2, 3), keepdim=True), x)
 
 
+def _are_settings(p: Any, area: Any, ratio: Any) -> bool:
+    if not isinstance(area, Sequence) or len(area) != 2:
+        return False
+    numbers = all(isinstance(value, Real) for value in (p, *area, ratio))
+    return numbers and 0 <= p <= 1 and 0 < area[0] <= area[1] <= 1 <= ratio
+
+
 class RandomErasing(PerSample):
     """Erase a rectangle of some images, as if something stood before them (Zhong et al., 2017).
 
@@ -46,10 +56,10 @@ class RandomErasing(PerSample):
     n_draws = 5
 
     def __init__(self, p: float = 0.5, area: tuple[float, float] = (0.02, 0.4), ratio: float = 3.3):
-        if not (0 <= p <= 1 and 0 < area[0] <= area[1] <= 1 and ratio >= 1):
+        if not _are_settings(p, area, ratio):
             raise SetupError(
-                "RandomErasing takes a probability, shares of the area in order, and a ratio of 1 "
-                "or more.",
+                "RandomErasing takes a probability, two shares of the area in order, and a "
+                "ratio of 1 or more.",
                 saw=f"p={p}, area={area}, ratio={ratio}",
                 do="RandomErasing(p=0.5, area=(0.02, 0.4), ratio=3.3)",
             )
