@@ -312,7 +312,7 @@ def test_rank_0_alone_prints_and_writes(world, request):
 
 @pytest.mark.parametrize("how, mode", [("kill", "ddp"), ("hang", "fsdp")])
 def test_a_rank_that_is_lost_ends_all(how, mode, tmp_path):
-    timeout, slack = 6, 20  # torchrun needs its time too; benchmarks measure, this only bounds
+    timeout, slack = 6, 20  # on a busy machine; benchmarks/killed_rank.py measures how soon
     ended = launch(2, how, tmp_path, mode, timeout)
     took = time.time() - float((tmp_path / "failed").read_text())
     assert ended.returncode != 0
