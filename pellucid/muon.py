@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .device import choose_precision
-from .errors import SetupError
+from .errors import SetupError, are_numbers
 from .optim import checked_lr
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -89,8 +89,9 @@ class Muon(Optimizer):
         reset_norm: bool = False,
     ):
         checked_lr(lr)
-        in_range = 0 <= momentum < 1 and 0 <= weight_decay < math.inf and ns_steps >= 1
-        if adjust_lr_fn not in _FACTORS or not in_range or not isinstance(ns_steps, Integral):
+        numbers = are_numbers(momentum, weight_decay) and isinstance(ns_steps, Integral)
+        in_range = numbers and 0 <= momentum < 1 and 0 <= weight_decay < math.inf and ns_steps >= 1
+        if adjust_lr_fn not in _FACTORS or not in_range:
             raise SetupError(
                 f"Muon needs adjust_lr_fn of {', '.join(_FACTORS)}, momentum in [0, 1), a "
                 "weight_decay of 0 or more, and 1 or more whole ns_steps.",

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from .errors import SetupError, UnknownName, did_you_mean
+from .errors import SetupError, UnknownName, are_numbers, did_you_mean
 from .joint import Joint
 from .optim import arguments, fastest
 
@@ -173,8 +172,7 @@ class ByRole:
             if role not in ROLES:
                 raise UnknownName(f"There is no role {role!r}.", do=did_you_mean(role, ROLES))
         factors = [self.depth_decay, *(self.lr_factors or {}).values()]
-        numbers = all(isinstance(factor, Real) for factor in factors)
-        if not numbers or not 0 < self.depth_decay <= 1 or min(factors) < 0:
+        if not are_numbers(*factors) or not 0 < self.depth_decay <= 1 or min(factors) < 0:
             raise SetupError(
                 "ByRole needs lr_factors of 0 or more and a depth_decay in (0, 1].",
                 saw=f"lr_factors {self.lr_factors}, depth_decay {self.depth_decay}",

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
-from numbers import Real
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from ..distributed import (
     world_size,
 )
 from ..engines import Replicas, Shards
-from ..errors import DataError, SetupError, UnknownName, did_you_mean, three_parts
+from ..errors import DataError, SetupError, UnknownName, are_numbers, did_you_mean, three_parts
 from ..events import Callback
 from ..learner import Learner
 from ..losses import ready_loss
@@ -99,7 +98,7 @@ class Distributed(Callback):
             raise UnknownName(
                 f"Distributed knows no mode {mode!r}.", do=did_you_mean(str(mode), ["ddp", "fsdp"])
             )
-        if not isinstance(timeout, Real) or not timeout > 0:
+        if not are_numbers(timeout) or not timeout > 0:
             raise SetupError("A timeout is a number of seconds above 0.", saw=repr(timeout))
         self.mode, self.timeout, self.weigh = mode, timeout, weigh
         self._engine: Replicas | Shards | None = None

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.transforms import PerSample
-from ..errors import SetupError
+from ..errors import SetupError, are_numbers
 
 
 def erase(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
@@ -36,8 +35,8 @@ def erase(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -
 def _are_settings(p: Any, area: Any, ratio: Any) -> bool:
     if not isinstance(area, Sequence) or len(area) != 2:
         return False
-    numbers = all(isinstance(value, Real) for value in (p, *area, ratio))
-    return numbers and 0 <= p <= 1 and 0 < area[0] <= area[1] <= 1 <= ratio
+    in_order = are_numbers(p, *area, ratio) and 0 < area[0] <= area[1] <= 1
+    return in_order and 0 <= p <= 1 <= ratio
 
 
 class RandomErasing(PerSample):
