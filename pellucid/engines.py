@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from .learner import Learner
 
 
+_RENAMED = "forward_sync_buffers"  # in torch 2.13, which warns of the name before
+_RENAMED_IS_KNOWN = _RENAMED in inspect.signature(DistributedDataParallel).parameters
+# we take care ourselves that all begin alike, since a model may be wrapped anew in mid-fit
 _APART: dict[str, Any] = {
-    name: False
-    # we take care ourselves that all begin alike, since a model may be wrapped anew in mid-fit;
-    # torch 2.13 has a new name for what forward passes send
-    for name in ("init_sync", "forward_sync_buffers", "broadcast_buffers")
-    if name in inspect.signature(DistributedDataParallel).parameters
+    "init_sync": False,
+    _RENAMED if _RENAMED_IS_KNOWN else "broadcast_buffers": False,
 }
 
 

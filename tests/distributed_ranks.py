@@ -508,6 +508,18 @@ def noise_in_items():
     return apart(ours, lone)
 
 
+def loss_of_one_element(preds, targets):
+    return F.cross_entropy(preds, targets).reshape(1)
+
+
+@check
+def losses_of_one_element():
+    ours, lone = twins("ddp", arrays(), loss_func=loss_of_one_element)
+    for one in (ours, lone):
+        one.fit(2)
+    return apart(ours, lone)
+
+
 def named_loss(preds, targets, names):
     assert len(preds) == len(targets) == len(names), f"{len(preds)} {len(targets)} {names}"
     return F.cross_entropy(preds, torch.from_numpy(targets)) + 0 * sum(map(int, names))

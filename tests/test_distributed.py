@@ -136,6 +136,10 @@ def test_items_of_any_loader_may_draw_as_rank_0_would_alone(two):
     assert_as_one([of_rank["noise_in_items"] for of_rank in two[0]])
 
 
+def test_a_loss_may_have_one_element_instead_of_no_dimensions(two):
+    assert_as_one([of_rank["losses_of_one_element"] for of_rank in two[0]])
+
+
 def test_a_loss_may_be_the_mean_over_tokens(two):
     for of_ranks in zip(*(of_rank["weighed"].values() for of_rank in two[0]), strict=True):
         assert_as_one(list(of_ranks))

@@ -153,7 +153,7 @@ class Distributed(Callback):
 
     def after_loss(self, learn: Learner) -> None:
         """Make loss, targets and predictions those of the whole batch."""
-        if self._share is None or not isinstance(learn.loss, Tensor) or learn.loss.ndim:
+        if self._share is None or not isinstance(learn.loss, Tensor) or learn.loss.numel() != 1:
             return
         share, self._share = self._share, None
         weight: float | Tensor = share.n_own
@@ -161,7 +161,7 @@ class Distributed(Callback):
             weight = self.weigh(learn)
             stop_where_empty(learn.preds, weight)
         facts = (learn.training, learn.batch_index, share.n_whole, self._mark)
-        learn.loss, apart = whole_loss(learn.loss, weight, facts)
+        learn.loss, apart = whole_loss(learn.loss.reshape(()), weight, facts)
         self._compare(apart)
         if learn.metrics:
             learn.preds = gathered(learn.preds, share)
