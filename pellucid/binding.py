@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .errors import CallbackError
-from .events import MOMENTS, SPANS, Callback, heard, in_order
+from .events import MOMENTS, SPANS, Callback, in_order
 
 if TYPE_CHECKING:
     from .learner import Learner
@@ -21,6 +21,7 @@ Spans = dict[str, list[tuple[Callback, Callable[["Learner"], AbstractContextMana
 def bind(callbacks: Iterable[Callback]) -> tuple[Handlers, Spans]:
     """Look up who hears what: for each moment and each span, the methods in the order of acting."""
     callbacks = in_order(callbacks)
+    _check_names(callbacks)
     handlers: Handlers = {moment: _bound(callbacks, moment) for moment in MOMENTS}
     spans: Spans = {span: _bound(callbacks, span) for span in SPANS}
     for hearers in spans.values():
@@ -28,9 +29,21 @@ def bind(callbacks: Iterable[Callback]) -> tuple[Handlers, Spans]:
     return handlers, spans
 
 
+def _check_names(callbacks: Iterable[Callback]) -> None:
+    """Refuse a `comes_last` that would have no effect."""
+    for callback in callbacks:
+        given = callback.comes_last
+        if not isinstance(given, tuple) or not set(given) <= {*MOMENTS, *SPANS}:
+            raise CallbackError(
+                f"{type(callback).__name__}.comes_last must be a tuple of moments and spans.",
+                saw=repr(given),
+                do='comes_last = ("after_loss",)',
+            )
+
+
 def _bound(callbacks: Iterable[Callback], name: str) -> list[tuple[Callback, Callable[..., Any]]]:
-    hearers = [callback for callback in callbacks if name in heard(callback)]
-    hearers.sort(key=lambda callback: name in callback.last)
+    hearers = [callback for callback in callbacks if getattr(callback, name, None) is not None]
+    hearers.sort(key=lambda callback: name in callback.comes_last)
     return [(callback, getattr(callback, name)) for callback in hearers]
 
 

@@ -15,11 +15,12 @@ from datetime import timedelta
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .data.sliced import Share
+from .data.sliced import Share, is_texts
 from .errors import SetupError
 from .tree import describe, leaves, map_leaves
 
@@ -206,15 +207,22 @@ def gathered(batch: Any, share: Share) -> Any:
     """Join what each process has for its items, in the order of the whole batch, without gradients.
 
     Args:
-        batch: predictions or targets, nested as they may be; what has no dimension stays as it is.
+        batch: predictions or targets, nested as they may be. Tensors are joined, and arrays and
+            lists of strings as long as this part; else what is no tensor stays as it is.
         share: which items these are; as `SlicedLoader` and `SlicedBatches` say it.
 
     Raises:
         SetupError: a tensor's first dimension does not count items.
     """
-    return map_leaves(
-        lambda leaf: _joined(leaf, share) if isinstance(leaf, Tensor) and leaf.ndim else leaf, batch
-    )
+
+    def join(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return _joined(leaf, share) if leaf.ndim else leaf
+        can_be_cut = is_texts(leaf) or (isinstance(leaf, np.ndarray) and leaf.ndim)
+        was_cut = can_be_cut and len(leaf) == max(share.n_own, 1)
+        return _joined_objects(leaf, share) if was_cut else leaf
+
+    return map_leaves(join, batch, is_texts)
 
 
 def _joined(leaf: Tensor, share: Share) -> Tensor:
@@ -236,6 +244,14 @@ def _joined(leaf: Tensor, share: Share) -> Tensor:
     dist.all_gather(parts, sent)
     whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
     return whole.view(leaf.dtype).reshape(sum(sizes), *leaf.shape[1:])
+
+
+def _joined_objects(leaf: Any, share: Share) -> Any:
+    parts: list[Any] = [None] * len(share.sizes)
+    dist.all_gather_object(parts, leaf[: share.n_own])
+    if isinstance(leaf, np.ndarray):
+        return np.concatenate(parts)
+    return type(leaf)(item for part in parts for item in part)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ traceback, with a note added that says where in the fit it happened.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from numbers import Real
+from numbers import Integral, Real
 
 
 class PellucidError(Exception):
@@ -75,6 +75,11 @@ def three_parts(what: str, saw: str = "", do: str = "") -> str:
 def are_numbers(*values: object) -> bool:
     """Tell whether all are real numbers, NumPy's among them; a truth value is none."""
     return all(isinstance(value, Real) and not isinstance(value, bool) for value in values)
+
+
+def are_whole(*values: object) -> bool:
+    """Tell whether all are whole numbers, NumPy's among them; a truth value is none."""
+    return are_numbers(*values) and all(isinstance(value, Integral) for value in values)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

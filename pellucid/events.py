@@ -108,14 +108,14 @@ class Callback:
             nothing outside its pass is heard, neither before_fit nor around_fit.
         shows_progress: True for one that shows the run itself; the default table is then left out.
         decides: what only one callback of a fit can decide, in words; None: nothing of the kind.
-        last: moments, or spans to enter, that come for it after all others, whatever its order.
+        comes_last: moments, or spans to enter, in which it follows all others, whatever its order.
     """
 
     order: int = 0
     changes: bool = False
     shows_progress: bool = False
     decides: str | None = None
-    last: tuple[str, ...] = ()
+    comes_last: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)

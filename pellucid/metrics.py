@@ -50,7 +50,8 @@ def accuracy(preds: Tensor, targets: Tensor) -> Tensor:
             "accuracy compares the outputs of an item, and there is one alone.",
             saw=f"predictions {describe(preds)}, targets {describe(targets)}",
             do="for two classes by one logit write a metric: "
-            "def hits(preds, targets): return ((preds > 0) == targets).float().mean()",
+            "def hits(preds, targets): "
+            "return ((preds.flatten() > 0) == targets.flatten()).float().mean()",
         )
     guesses = preds.argmax(1) if preds.ndim > 1 else preds
     if guesses.shape != targets.shape or preds.ndim < 2:

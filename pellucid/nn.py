@@ -196,6 +196,12 @@ class RunningBatchNorm(nn.Module):
         self.register_buffer("running_count", torch.zeros(()))
         self.register_buffer("n_seen", torch.zeros((), dtype=torch.long))
 
+    def reset_running_stats(self) -> None:
+        """Forget all batches."""
+        for buffer in (self.running_mean, self.running_count, self.n_seen):
+            buffer.zero_()
+        self.running_var.fill_(1)
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each channel; the result has the shape and dtype of `x`.
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from . import tree
 from .sharding import own_part
@@ -82,8 +81,9 @@ def reset_spoilt_statistics(model: nn.Module) -> list[str]:
     spoilt = []
     for name, module in model.named_modules():
         own = module.buffers(recurse=False)
-        if isinstance(module, _NormBase) and any(_n_bad(buffer) for buffer in own):
-            module.reset_running_stats()
+        reset = getattr(module, "reset_running_stats", None)
+        if reset and any(_n_bad(buffer) for buffer in own):
+            reset()
             spoilt.append(name)
     return spoilt
 

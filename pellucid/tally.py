@@ -2,8 +2,8 @@
 
 import math
 import operator
+import re
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from time import perf_counter
 from typing import Any
 
@@ -187,8 +187,9 @@ def check_monitored(name: str, metrics: Iterable[str], validates: bool) -> None:
     if name in [*known, "train/skipped"]:
         return
     # other columns, a schedule's for instance, are not known before
-    measured = not isinstance(name, str) or name.startswith(("train", "val"))
-    if measured or name in numbers or get_close_matches(name, known):
+    elsewhere = re.sub("^(train|training|val|valid|validation|test)[/_]", "", str(name))
+    measured = elsewhere in numbers or str(name).startswith(("train/", "valid/"))
+    if measured or not isinstance(name, str):
         raise UnknownName(
             f"No epoch of this fit will have {name!r}.", do=did_you_mean(str(name), known)
         )

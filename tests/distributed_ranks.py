@@ -17,6 +17,7 @@ import weakref
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -525,15 +526,24 @@ def named_loss(preds, targets, names):
     return F.cross_entropy(preds, torch.from_numpy(targets)) + 0 * sum(map(int, names))
 
 
+def as_named(preds, targets):
+    labels, names = targets
+    assert len(preds) == len(labels) == len(names)
+    return float((labels * np.array(list(map(int, names)))).mean())
+
+
 @check
 def arrays_and_names():
     x, y = items(47)
     names = list(map(str, range(47)))
     batches = [(x[i : i + 8], y[i : i + 8].numpy(), names[i : i + 8]) for i in range(0, 47, 8)]
-    ours, lone = twins("ddp", lambda: DataLoaders(batches), loss_func=named_loss, metrics=())
+    ours, lone = twins(
+        "ddp", lambda: DataLoaders(batches), loss_func=named_loss, metrics=[as_named]
+    )
     for one in (ours, lone):
         one.fit(2)
-    return apart(ours, lone)
+    seen = [columns(one.record.epochs)["train/as_named"] for one in (ours, lone)]
+    return apart(ours, lone) | {"seen": seen[0] == seen[1]}
 
 
 class Asked:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pellucid import Callback, CancelBatch, DataLoaders, Learner
+from pellucid import Callback, CancelBatch, CancelEpoch, DataLoaders, Learner
 from pellucid.callbacks import Clocks, Progress, clocks
 
 
@@ -98,6 +98,32 @@ def test_a_cancelled_batch_counts_too(time):
 
     watch = fitted(time, 1.0, 3.0, Cancels())
     assert watch.waiting == 9 and watch.warm == 7 * 4 + 2 * 1
+
+
+def test_a_pass_that_is_left_counts_until_then(time):
+    class Leaves(Callback):
+        changes = True
+
+        def __init__(self, moment):
+            setattr(self, moment, self._leave)
+
+        def _leave(self, learn):
+            if learn.training and learn.batch_index == 1:
+                raise CancelEpoch
+
+    for moment in ("after_batch", "after_loss"):
+        watch = fitted(time, 1.0, 3.0, Leaves(moment))
+        assert watch.waiting == 3
+
+
+def test_what_is_done_before_a_pass_is_no_waiting(time):
+    class Prepares(Callback):
+        order = 500
+
+        def before_train(self, learn):
+            time.now += 50.0
+
+    assert fitted(time, 1.0, 3.0, Prepares()).waiting == 9
 
 
 def test_too_few_batches_are_said_to_be(time, capsys):

@@ -169,7 +169,9 @@ def test_different_batches_are_refused_in_every_process(two):
 
 
 def test_what_is_no_tensor_is_cut_too(two):
-    assert_as_one([of_rank["arrays_and_names"] for of_rank in two[0]])
+    found = [of_rank["arrays_and_names"] for of_rank in two[0]]
+    assert_as_one(found)
+    assert all(mine["seen"] for mine in found)
 
 
 def test_a_part_of_weight_0_may_have_a_loss_of_0_by_0(two):

@@ -25,6 +25,7 @@ from pellucid.callbacks import (
 )
 from pellucid.data import ArrayDataset
 from pellucid.errors import NonFiniteLoss, SetupError
+from pellucid.nn import RunningBatchNorm
 
 AT = 5  # the batch in which something goes wrong
 N = 12
@@ -256,6 +257,43 @@ def test_statistics_that_are_finite_stay():
     learn = learner(Spoils("loss"))
     assert "begin anew" not in refused(learn)
     assert learn.model[1].num_batches_tracked > AT
+
+
+def test_the_librarys_own_norm_begins_anew_too():
+    learn = learner(loaders=data(bad_item=1))
+    learn.model[1] = RunningBatchNorm(8)
+    assert "begin anew, in '1'." in refused(learn)
+    assert all(buffer.isfinite().all() for buffer in learn.model.buffers())
+
+
+def test_weights_that_are_spoilt_already_were_put_in_by_no_callback():
+    def loss(preds, y):
+        return F.cross_entropy(preds, y) + (preds - preds).abs().sqrt().sum()  # its slope is inf
+
+    text = refused(learner(loss_func=loss))
+    assert "in the parameter '0.weight'" in text and "a callback" not in text
+
+
+@pytest.mark.parametrize("order", [0, 500])
+@pytest.mark.parametrize("moment", ["after_predict", "after_loss"])
+@pytest.mark.parametrize("action", ["stop", "skip", "log"])
+def test_a_look_in_the_midst_of_a_batch_changes_nothing(action, moment, order):
+    class Looks(Callback):
+        changes = False
+
+    def look(self, learn):
+        if learn.training:
+            learn.validate()
+
+    setattr(Looks, moment, look)
+    Looks.order, found = order, []
+    for more in ([], [Looks()]):
+        loaders = data()
+        loaders.valid = loaders.train
+        learn = learner(NonFinite(action), *more, loaders=loaders)
+        learn.fit(1)
+        found.append(learn.model.state_dict().values())
+    assert all(map(torch.equal, *found))
 
 
 class Root(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import tree
-from ..errors import SetupError
+from ..errors import SetupError, are_whole
 from ..events import Callback, CancelStep
 from ..learner import Learner
 from ..optim import gradients, takes_one_gradient
@@ -37,10 +37,10 @@ class Accumulate(Callback):
     changes = True
     decides = "how many batches a step takes"
     order = 10  # before whoever looks at the gradient of a step
-    last = ("after_loss",)  # it is the loss as all have left it that backward starts from
+    comes_last = ("after_loss",)  # it is the loss as all have left it that backward starts from
 
     def __init__(self, n: int, weigh: Callable[[Learner], float | Tensor] | None = None):
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        if not are_whole(n) or n < 1:
             raise SetupError("Accumulate takes a number of batches, 1 or more.", saw=repr(n))
         self.n, self.weigh = n, weigh
         self._unit: float | Tensor | None = None

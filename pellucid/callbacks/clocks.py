@@ -32,13 +32,14 @@ class Clocks(Callback):
     """
 
     order = -1000  # the batch comes before anything is done with it
-    last = ("after_batch",)
+    comes_last = ("before_train", "after_batch", "after_cancel_epoch")
 
     def __init__(self, show: bool = True):
         self.show = show
         self.cold: float | None = None
         self.warm = self.waiting = 0.0
-        self._began = self._asked = self._came = 0.0
+        self._began = self._asked = 0.0
+        self._came: float | None = None
 
     @contextmanager
     def around_fit(self, learn: Learner) -> Generator[None]:
@@ -59,13 +60,19 @@ class Clocks(Callback):
 
     def after_batch(self, learn: Learner) -> None:
         """Take the time of a batch, all that was done with it included; ask for the next."""
-        done = perf_counter()
-        if learn.training and self.cold is None:
+        came, self._came, done = self._came, None, perf_counter()
+        if came is None or not learn.training:
+            return
+        if self.cold is None:
             self.cold = done - self._began
-        elif learn.training:
-            self.waiting += self._came - self._asked
+        else:
+            self.waiting += came - self._asked
             self.warm += done - self._asked
         self._asked = done
+
+    def after_cancel_epoch(self, learn: Learner) -> None:
+        """Take the time of the batch in which the pass was left."""
+        self.after_batch(learn)
 
     def after_epoch(self, learn: Learner) -> None:
         """Say what was found in the first epoch."""

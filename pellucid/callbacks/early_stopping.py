@@ -30,8 +30,7 @@ class EarlyStopping(Callback):
         min_delta: float = 0.0,
         lower_is_better: bool | None = None,
     ):
-        whole = isinstance(patience, int) and not isinstance(patience, bool)
-        if not whole or patience < 1 or not are_numbers(min_delta) or min_delta < 0:
+        if not are_numbers(patience, min_delta) or patience < 1 or min_delta < 0:
             raise SetupError(
                 "EarlyStopping needs patience, epochs of 1 or more, and min_delta of 0 or more.",
                 saw=f"patience={patience!r}, min_delta={min_delta!r}",

@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from ..averaging import Averages, warm_decay
-from ..errors import SetupError, are_numbers
+from ..errors import SetupError, are_numbers, are_whole
 from ..events import Callback
 from ..learner import Learner
 from ..schedules import Schedule
@@ -42,7 +42,7 @@ class EMA(Callback):
 
     def __init__(self, decay: float | Schedule = 0.999, every: int = 1):
         in_range = callable(decay) or (are_numbers(decay) and 0 <= decay < 1)
-        if not in_range or not isinstance(every, int) or every < 1:
+        if not in_range or not are_whole(every) or every < 1:
             raise SetupError(
                 "EMA takes a decay in [0, 1) and a number of steps, 1 or more.",
                 saw=f"decay={decay!r}, every={every!r}",

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..errors import SetupError
+from ..errors import SetupError, are_whole
 from ..events import Callback
 from ..learner import Learner
 from ..schedules import Schedule
@@ -32,7 +32,7 @@ class ImageSize(Callback):
     decides = "the image size"
 
     def __init__(self, schedule: Schedule, multiple: int = 4):
-        if not callable(schedule) or not isinstance(multiple, int) or multiple < 1:
+        if not callable(schedule) or not are_whole(multiple) or multiple < 1:
             raise SetupError(
                 "ImageSize takes a schedule of the side, and a multiple of 1 or more.",
                 saw=f"{schedule!r}, multiple={multiple!r}",

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch.optim import Optimizer
 
 from ..averaging import Averages, holds_average
-from ..errors import SetupError, are_numbers
+from ..errors import SetupError, are_numbers, are_whole
 from ..events import Callback, CancelFit
 from ..learner import Learner
 from ..schedules import Schedule
@@ -36,7 +36,7 @@ class Lookahead(Callback):
 
     def __init__(self, every: int = 5, pull: float | Schedule = 0.5):
         in_range = callable(pull) or (are_numbers(pull) and 0 < pull <= 1)
-        if not in_range or not isinstance(every, int) or every < 1:
+        if not in_range or not are_whole(every) or every < 1:
             raise SetupError(
                 "Lookahead takes a number of steps, 1 or more, and a pull in (0, 1].",
                 saw=f"every={every!r}, pull={pull!r}",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -64,7 +65,7 @@ class NonFinite(Callback):
     changes = True
     decides = "what becomes of NaN"
     order = 20  # when the gradient is whole, see Accumulate
-    last = ("after_loss", "around_epoch")  # the loss that backward starts from
+    comes_last = ("after_loss", "around_epoch")  # the loss that backward starts from
 
     def __init__(self, action: str = "stop"):
         if action not in ("stop", "skip", "log"):
@@ -165,7 +166,8 @@ class NonFinite(Callback):
 
     def after_batch(self, learn: Learner) -> None:
         """Put back what the forward pass changed, if its loss was not finite."""
-        self._put_back()
+        if learn.training:  # a look from within the batch is not its end
+            self._put_back()
 
     def _put_back(self) -> None:
         finite = None if self._loss is None else self._loss.isfinite()
@@ -218,7 +220,7 @@ class NonFinite(Callback):
             do += " The weights may be spoilt: begin again with a new model or saved weights."
         elif self._weights is None:
             do += " No step was taken since."
-        elif self._weights == _sums(learn.opt):
+        elif np.array_equal(self._weights, _sums(learn.opt), equal_nan=True):
             do += " No step was taken since: the weights are those before that batch."
         else:
             do += " No step was taken since; a callback has put the weights in that it ends with."

@@ -54,7 +54,7 @@ class Precision(Callback):
     changes = True
     decides = "the precision"
     order = 15  # unscaled before anyone looks at the gradient of a step
-    last = ("after_loss",)  # it is the loss as all have left it that backward starts from
+    comes_last = ("after_loss",)  # it is the loss as all have left it that backward starts from
 
     def __init__(self, dtype: str = "auto"):
         if dtype not in ("auto", *_DTYPES):

@@ -58,12 +58,6 @@ class Schedule(Callback):
         """Check that the schedule can run, and put the hyper-parameter back at the end."""
         groups = learn.opt.param_groups
         self._by_group(len(groups))
-        if self.name != "lr" and self.name in learn.recorded:
-            raise CallbackError(
-                f"Two callbacks decide the schedule of {self.name}, and one would have no effect.",
-                saw="OneCycle schedules momentum too" * (self.name == "momentum"),
-                do="leave one out; those of the learner serve every fit.",
-            )
         self._spared = self._without_decay(groups)
         before = [hyper(group, self.name) for group in groups]
         learn.recorded = list(dict.fromkeys([*learn.recorded, self.name]))
@@ -144,7 +138,8 @@ class OneCycle(Callback):
     ):
         several = isinstance(lr, list | tuple)
         self.lr = [checked_lr(rate) for rate in lr] if several else checked_lr(lr)
-        if not isinstance(momentum, Sequence) or len(momentum) != 2 or not are_numbers(*momentum):
+        pair = tuple(momentum) if isinstance(momentum, Iterable) else ()
+        if len(pair) != 2 or not are_numbers(*pair):
             raise SetupError(
                 "OneCycle takes momentum's highest and lowest value.",
                 saw=f"momentum={momentum!r}",
@@ -156,6 +151,14 @@ class OneCycle(Callback):
     def around_fit(self, learn: Learner) -> Generator[None]:
         """Choose what the optimiser has, and put it back at the end."""
         self._parts = self._choose(learn.opt)
+        for other, _ in learn.spans["around_fit"]:
+            if isinstance(other, Schedule) and other.name in [part.name for part in self._parts]:
+                raise CallbackError(
+                    f"Two callbacks decide the schedule of {other.name}, and one would have no "
+                    "effect.",
+                    saw=f"{self!r} and {other!r}",
+                    do="leave one out; those of the learner serve every fit.",
+                )
         with ExitStack() as stack:
             for part in self._parts:
                 stack.enter_context(part.around_fit(learn))

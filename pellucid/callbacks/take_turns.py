@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ..errors import SetupError, UnknownName, did_you_mean
+from ..errors import SetupError, UnknownName, are_whole, did_you_mean
 from ..events import Callback
 from ..joint import Joint
 from ..learner import Learner
@@ -57,7 +57,7 @@ class TakeTurns(Callback):
         opt_funcs: Mapping[str, Callable[..., Optimizer]] | None = None,
     ):
         given = isinstance(turns, Mapping) and len(turns) > 1
-        if not given or any(not isinstance(n, int) or n < 1 for n in turns.values()):
+        if not given or any(not are_whole(n) or n < 1 for n in turns.values()):
             raise SetupError(
                 "Two parts or more take turns, each of 1 step or more.",
                 saw=f"{turns}",

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..errors import SetupError
+from ..errors import SetupError, are_whole
 from ..events import Callback
 from ..freezing import freeze_to, frozen, unfreeze
 from ..learner import Learner
@@ -31,7 +31,7 @@ class Unfreeze(Callback):
     decides = "when layers are unfrozen"
 
     def __init__(self, every: int = 1):
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        if not are_whole(every) or every < 1:
             raise SetupError("Unfreeze takes a number of epochs, 1 or more.", saw=repr(every))
         self.every = every
 

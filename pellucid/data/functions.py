@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import nn
+
 from ..errors import SetupError
 
 Transform = Callable[..., Any]
@@ -17,10 +19,13 @@ class Functions:
         self.name = name
 
     def __get__(self, holder: Any, owner: type | None = None) -> Any:
-        return self if holder is None else holder.__dict__[self.name]
+        if holder is not None and self.name not in vars(holder):
+            raise AttributeError(f"{type(holder).__name__} has no {self.name} yet")
+        return self if holder is None else vars(holder)[self.name]
 
     def __set__(self, holder: Any, given: Transform | Iterable[Transform]) -> None:
-        parts = [given] if callable(given) or not isinstance(given, Iterable) else list(given)
+        is_list = isinstance(given, nn.ModuleList) or not callable(given)  # it only looks callable
+        parts = list(given) if is_list and isinstance(given, Iterable) else [given]
         for part in parts:
             if not callable(part):
                 raise SetupError(
@@ -28,4 +33,4 @@ class Functions:
                     saw=f"{self.name} = {given!r}",
                     do=f"{self.name} = [] for none.",
                 )
-        holder.__dict__[self.name] = parts
+        vars(holder)[self.name] = parts

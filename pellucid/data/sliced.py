@@ -204,13 +204,15 @@ def _can_be_summed(leaf: Any) -> bool:
 def _cut(batch: Any, share: Share) -> Any:
     """Return the share of each tensor and array, and of each list of strings, one an item."""
 
-    def is_column(part: Any) -> bool:
-        is_list = type(part) in (list, tuple) and len(part) == share.n_whole
-        return is_list and all(isinstance(item, str | bytes) for item in part)
-
     def cut(leaf: Any) -> Any:
         is_array = isinstance(leaf, Tensor | np.ndarray) and leaf.ndim
-        has_items = (is_array and len(leaf) == share.n_whole) or is_column(leaf)
+        has_items = (is_array or is_texts(leaf)) and len(leaf) == share.n_whole
         return leaf[share.taken] if has_items else leaf
 
-    return map_leaves(cut, batch, is_column)
+    return map_leaves(cut, batch, is_texts)
+
+
+def is_texts(part: Any) -> bool:
+    """Tell whether this is a list of strings, which a batch may have, one an item."""
+    is_list = type(part) in (list, tuple) and len(part) > 0
+    return is_list and all(isinstance(item, str | bytes) for item in part)
