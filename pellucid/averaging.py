@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,6 @@ def warm_decay(decay: float, t: int) -> float:
         t: updates made before.
     """
     return min(decay, (1 + t) / (10 + t))
-
-
-@runtime_checkable
-class Averaging(Protocol):
-    """A callback that puts averages into the model, and says whether they are there now."""
-
-    holds_average: bool
-
-
-def holds_average(callback: object) -> bool:
-    """Tell whether the model holds the averages of a callback."""
-    return isinstance(callback, Averaging) and callback.holds_average
 
 
 class Averages:

@@ -72,11 +72,16 @@ def _check_no_rivals(callbacks: Iterable[Callback]) -> None:
         if callback.decides is not None:
             other = deciding.setdefault(callback.decides, callback)
             if other is not callback:
-                raise CallbackError(
-                    f"Two callbacks decide {callback.decides}, and one would have no effect.",
-                    saw=f"{other!r} and {callback!r}",
-                    do="leave one out; those of the learner serve every fit.",
-                )
+                raise rivals(callback.decides, other, callback)
+
+
+def rivals(what: str, one: Callback, other: Callback) -> CallbackError:
+    """Return the error for two callbacks that decide the same."""
+    return CallbackError(
+        f"Two callbacks decide {what}, and one would have no effect.",
+        saw=f"{one!r} and {other!r}",
+        do="leave one out; those of the learner serve every fit.",
+    )
 
 
 class Around:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .device import choose_precision
-from .errors import SetupError, are_numbers
+from .errors import SetupError, are_numbers, are_whole
 from .optim import checked_lr
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -89,7 +88,7 @@ class Muon(Optimizer):
         reset_norm: bool = False,
     ):
         checked_lr(lr)
-        numbers = are_numbers(momentum, weight_decay) and isinstance(ns_steps, Integral)
+        numbers = are_numbers(momentum, weight_decay) and are_whole(ns_steps)
         in_range = numbers and 0 <= momentum < 1 and 0 <= weight_decay < math.inf and ns_steps >= 1
         if adjust_lr_fn not in _FACTORS or not in_range:
             raise SetupError(

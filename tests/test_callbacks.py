@@ -259,32 +259,20 @@ def test_a_callback_may_come_after_all_others_in_a_moment(capsys):
         comes_last = ("after_batch", "around_epoch")
 
         def before_batch(self, learn):
-            came.append("Early before_batch")
+            came.append(f"{type(self).__name__} before_batch")
 
         def after_batch(self, learn):
-            came.append("Early after_batch")
+            came.append(f"{type(self).__name__} after_batch")
 
         @contextmanager
         def around_epoch(self, learn):
-            came.append("Early in")
+            came.append(f"{type(self).__name__} in")
             yield
-            came.append("Early out")
+            came.append(f"{type(self).__name__} out")
 
     class Late(Early):
         order = 400
         comes_last = ()
-
-        def before_batch(self, learn):
-            came.append("Late before_batch")
-
-        def after_batch(self, learn):
-            came.append("Late after_batch")
-
-        @contextmanager
-        def around_epoch(self, learn):
-            came.append("Late in")
-            yield
-            came.append("Late out")
 
     came: list[str] = []
     learn = small(1, 1, callbacks=[Early(), Late()])

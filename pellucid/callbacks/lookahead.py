@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch.optim import Optimizer
 
-from ..averaging import Averages, holds_average
+from ..averaging import Averages
 from ..errors import SetupError, are_numbers, are_whole
 from ..events import Callback, CancelFit
 from ..learner import Learner
@@ -68,7 +68,7 @@ class Lookahead(Callback):
             yield
         except CancelFit:
             others = [callback for callback, _ in learn.spans["around_epoch"]]
-            if self._slow and not any(map(holds_average, others)):
+            if self._slow and not any(getattr(other, "holds_average", False) for other in others):
                 self._slow.put_into(learn.model)
             raise
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from torch.optim import Optimizer
 
 from .. import schedules
+from ..binding import rivals
 from ..data import length
-from ..errors import CallbackError, SetupError, are_numbers
+from ..errors import SetupError, are_numbers
 from ..events import Callback, in_order
 from ..learner import Learner
 from ..optim import (
@@ -151,14 +152,10 @@ class OneCycle(Callback):
     def around_fit(self, learn: Learner) -> Generator[None]:
         """Choose what the optimiser has, and put it back at the end."""
         self._parts = self._choose(learn.opt)
+        names = [part.name for part in self._parts]  # momentum too, if the optimiser has one
         for other, _ in learn.spans["around_fit"]:
-            if isinstance(other, Schedule) and other.name in [part.name for part in self._parts]:
-                raise CallbackError(
-                    f"Two callbacks decide the schedule of {other.name}, and one would have no "
-                    "effect.",
-                    saw=f"{self!r} and {other!r}",
-                    do="leave one out; those of the learner serve every fit.",
-                )
+            if isinstance(other, Schedule) and other.name in names:
+                raise rivals(f"the schedule of {other.name}", self, other)
         with ExitStack() as stack:
             for part in self._parts:
                 stack.enter_context(part.around_fit(learn))
